@@ -1,0 +1,49 @@
+"""The one family of errors that a person sees: a line of cause and a line of remedy.
+
+Everything that ravectl refuses or fails at is raised as a RavectlError and printed once, by
+the CLI. Anything else that escapes is a defect of ravectl and is reported as such.
+"""
+
+from __future__ import annotations
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_CHECK = 3
+EXIT_HOST = 4
+EXIT_INTERRUPTED = 130
+
+
+class RavectlError(Exception):
+    """A step failed.
+
+    `message` is one line of cause, `hint` one line of remedy. `details` is material worth
+    reading below them (the tail of a log), already free of secrets.
+    """
+
+    exit_code = EXIT_FAILED
+
+    def __init__(self, message: str, hint: str = "", *, details: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.details = details
+
+
+class UsageError(RavectlError):
+    """The person asked for something that does not exist or makes no sense."""
+
+    exit_code = EXIT_USAGE
+
+
+class ProfileError(UsageError):
+    """A profile is wrong; the message names file, line and key."""
+
+
+class HostError(RavectlError):
+    """This host lacks something: a tool, memory, disk, a right."""
+
+    exit_code = EXIT_HOST
+
+
+class DeadlineError(RavectlError):
+    """Something did not happen in time."""

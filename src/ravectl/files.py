@@ -1,0 +1,241 @@
+"""Files as ravectl needs them: atomic, locked, private, and found wherever it is installed.
+
+This is the lowest layer that touches the disk. It knows nothing of machines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ravectl.errors import HostError, RavectlError
+
+PRIVATE_FILE = 0o600
+PRIVATE_DIR = 0o700
+
+
+def find_data(name: str) -> Path:
+    """The shipped folder `name` ("templates" or "profiles").
+
+    An installed wheel carries both inside the package; a checkout has them at its top.
+    Raises RavectlError when the installation is broken.
+    """
+    package = Path(__file__).resolve().parent
+    for candidate in (package / "data" / name, package.parents[1] / name):
+        if candidate.is_dir():
+            return candidate
+    raise RavectlError(
+        f"the installation of ravectl is incomplete: its folder {name!r} is missing",
+        "install ravectl again: pip install --force-reinstall ravectl",
+    )
+
+
+def cache_dir() -> Path:
+    """Where images and package roots are kept: they hold no secret and can be made again."""
+    if override := os.environ.get("RAVECTL_CACHE_DIR"):
+        return Path(override).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "ravectl"
+
+
+def fast_tmp(need_bytes: int) -> Path:
+    """A folder for bulky intermediate files: memory-backed if that has three times the room.
+
+    Raises HostError when no candidate has `need_bytes` of free space.
+    """
+    for path, factor in ((Path("/dev/shm"), 3), (Path(tempfile.gettempdir()), 1)):  # noqa: S108
+        if path.is_dir() and os.access(path, os.W_OK):
+            if shutil.disk_usage(path).free >= factor * need_bytes:
+                return path
+    raise HostError(
+        f"no temporary folder has {need_bytes // 2**20} MB free",
+        "free some space in /tmp, or set TMPDIR to a folder on a larger disk",
+    )
+
+
+def require_space(path: Path, need_bytes: int, purpose: str) -> None:
+    """Raise HostError when the disk below `path` has less than `need_bytes` free."""
+    probe = path
+    while not probe.exists():
+        probe = probe.parent
+    free = shutil.disk_usage(probe).free
+    if free < need_bytes:
+        raise HostError(
+            f"{purpose} needs {need_bytes // 2**20} MB on the disk of {probe}, "
+            f"{free // 2**20} MB are free",
+            "free some space (ravectl gc), or set RAVECTL_CACHE_DIR to a larger disk",
+        )
+
+
+def make_private_dir(path: Path) -> Path:
+    """Make `path` (and its parents) with mode 0700 and return it."""
+    try:
+        path.mkdir(mode=PRIVATE_DIR, parents=True, exist_ok=True)
+        path.chmod(PRIVATE_DIR)
+    except OSError as e:
+        raise _unwritable(path, e) from None
+    return path
+
+
+def make_dir(path: Path) -> Path:
+    """Make `path` and its parents; raises HostError with the cause when that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise _unwritable(path, e) from None
+    return path
+
+
+def _unwritable(path: Path, e: OSError) -> HostError:
+    return HostError(
+        f"cannot write {path}: {(e.strerror or str(e)).lower()}",
+        "check the folder's owner and free space, or choose another one (--workspace, "
+        "RAVECTL_CACHE_DIR)",
+    )
+
+
+def write_atomic(path: Path, data: bytes | str, mode: int = 0o644) -> None:
+    """Replace `path` by `data` in one step; a crash leaves the old file or the new, never half.
+
+    The file has its final `mode` before it has content. Raises HostError when it cannot be.
+    """
+    raw = data.encode() if isinstance(data, str) else data
+    try:
+        fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as e:
+        raise _unwritable(path, e) from None
+    try:
+        with os.fdopen(fd, "wb") as f:
+            os.fchmod(f.fileno(), mode)
+            f.write(raw)
+            f.flush()
+            os.fsync(f.fileno())
+        Path(name).replace(path)
+    except OSError as e:
+        Path(name).unlink(missing_ok=True)
+        raise _unwritable(path, e) from None
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: object, mode: int = 0o644) -> None:
+    """Write `value` as readable JSON with sorted keys, atomically."""
+    write_atomic(path, json.dumps(value, indent=2, sort_keys=True) + "\n", mode)
+
+
+def read_json(path: Path) -> Any:
+    """Parse `path`; raises RavectlError naming the file when it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, OSError) as e:
+        raise RavectlError(
+            f"{path} cannot be read: {e}", f"remove it and run the command again: {path}"
+        ) from None
+
+
+def digest_bytes(data: bytes) -> str:
+    """SHA-256 of `data`, in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def digest_value(value: object) -> str:
+    """SHA-256 of a JSON value in canonical form."""
+    return digest_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
+
+
+@contextlib.contextmanager
+def lock(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold the lock file `path` exclusively; it ends with the process, however that ends.
+
+    `what` says what is locked, for the message. With `wait` it blocks (and says so on
+    stderr), else RavectlError is raised while another process holds it.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_FILE)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            if e.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            holder = os.pread(fd, 64, 0).decode(errors="replace").strip() or "unknown"
+            if not wait:
+                raise RavectlError(
+                    f"{what} is in use by another ravectl (process {holder})",
+                    "wait for it to finish, or stop it, then run the command again",
+                ) from None
+            print(f"waiting for process {holder}, which uses {what}", file=sys.stderr)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def staging(parent: Path, prefix: str) -> Iterator[Path]:
+    """A folder for work in progress, gone afterwards whatever happens.
+
+    What a killed process left behind is removed by the next one: each folder has a lock file
+    beside it that its maker holds, so that a folder whose lock is free has no maker any more.
+    """
+    make_dir(parent)
+    _sweep(parent, prefix)
+    folder = Path(tempfile.mkdtemp(dir=parent, prefix=f"{prefix}."))
+    lockfile = folder.with_name(folder.name + ".lock")
+    try:
+        with lock(lockfile, str(folder)):
+            yield folder
+    finally:
+        remove_tree(folder)
+        lockfile.unlink(missing_ok=True)
+
+
+def _sweep(parent: Path, prefix: str) -> None:
+    for folder in parent.glob(f"{prefix}.*"):
+        if folder.name.endswith(".lock"):
+            if not folder.with_name(folder.name.removesuffix(".lock")).exists():
+                folder.unlink(missing_ok=True)
+            continue
+        lockfile = folder.with_name(folder.name + ".lock")
+        with contextlib.suppress(RavectlError), lock(lockfile, str(folder)):
+            remove_tree(folder)
+            lockfile.unlink(missing_ok=True)
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a tree, but never through a mount point; no error when it is not there.
+
+    Raises RavectlError when something below it is still mounted.
+    """
+    mounted = [m for m in mount_points() if m == path or path in m.parents]
+    if mounted:
+        raise RavectlError(
+            f"{path} still has {mounted[0]} mounted below it",
+            f"unmount it: umount --recursive {mounted[0]}",
+        )
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def mount_points() -> list[Path]:
+    """Every mount point of this process's namespace."""
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    # mountinfo(5): blanks in a path are written as octal escapes
+    return [Path(line.split()[4].encode().decode("unicode_escape")) for line in lines]

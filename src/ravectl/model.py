@@ -1,0 +1,384 @@
+"""The values of the flow. Read this first.
+
+    profiles/*.yaml -> Profile -> Plan -> RenderedTree -> Image -> Instance -> Report
+                       (YAML)    (pure)  (Jinja)         (engine) (QEMU)     (checks over SSH)
+
+Everything here is a frozen value or an enum: no I/O, no defaults that depend on the host.
+Sizes are in MB meaning MiB (what QEMU's -m and systemd's M suffix mean), unless a name says
+otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+SSH_PORT = 22
+INGRESS_PORT = 3002
+
+
+class EngineName(enum.StrEnum):
+    """What makes an image."""
+
+    NIX = "nix"
+    DEBIAN = "debian"
+
+
+class ImageFormat(enum.StrEnum):
+    """How the disk of an image is stored."""
+
+    QCOW2 = "qcow2"
+    RAW = "raw"
+
+
+class Accelerator(enum.StrEnum):
+    """How QEMU runs the guest's instructions."""
+
+    KVM = "kvm"
+    TCG = "tcg"
+
+
+class Access(enum.StrEnum):
+    """Who may use a route of the ingress."""
+
+    ANYONE = "anyone"
+    SIGNED_IN = "signed-in"
+    SIGNED_IN_OR_KEY = "signed-in-or-key"
+    NOBODY = "nobody"
+
+
+class Suite(enum.StrEnum):
+    """The families of checks."""
+
+    SERVICE = "service"
+    HTTP = "http"
+    DATA = "data"
+    SECURITY = "security"
+    OBSERVABILITY = "observability"
+
+
+class Outcome(enum.StrEnum):
+    """How a check ended. ERROR means that it could not be run, which is never a pass."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    ERROR = "error"
+
+
+# --- Profile -> Plan -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The virtual hardware."""
+
+    memory_mb: int
+    cpus: int
+    disk_gb: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What systemd holds a unit to."""
+
+    memory_mb: int
+    cpu_percent: int  # 100 is one core, as in CPUQuota=
+    oom_score_adjust: int  # -1000 (never killed) to 1000 (first)
+    tasks: int
+
+
+@dataclass(frozen=True)
+class Health:
+    """A request on loopback inside the guest that a working service answers."""
+
+    port: int
+    path: str | None  # None: the port accepts connections (not HTTP)
+    status: int = 200
+
+
+@dataclass(frozen=True)
+class Service:
+    """A service of the machine.
+
+    `name` is ours and the same for every engine; `unit` is keyed by engine because Debian and
+    NixOS name some units differently.
+    """
+
+    name: str
+    description: str
+    unit: dict[str, str]
+    user: str
+    ports: tuple[int, ...]
+    limits: Limits
+    health: Health
+    after: tuple[str, ...] = ()
+    secrets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Route:
+    """A way through the ingress.
+
+    A route is a path on the default host, or a whole `host` (a virtual host below .localhost).
+    `probe` is the path that shows that it works, `status` what that answers when allowed.
+    """
+
+    name: str
+    path: str
+    host: str | None
+    upstream_port: int | None
+    upstream_path: str | None
+    access: Access
+    probe: str
+    status: int
+
+
+@dataclass(frozen=True)
+class ScrapeJob:
+    """What Prometheus collects, from loopback."""
+
+    name: str
+    port: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Account:
+    """A login or service account that the machine gets beside those of its packages."""
+
+    name: str
+    uid: int
+    home: str
+    login: bool
+    sudo: bool
+
+
+@dataclass(frozen=True)
+class Secret:
+    """A secret by name, with where the guest keeps it. Values are never in a Plan."""
+
+    name: str
+    owner: str
+    group: str
+    mode: str  # octal, as in tmpfiles.d
+
+
+@dataclass(frozen=True)
+class Retention:
+    """How long data is kept."""
+
+    metrics_days: int
+    metrics_mb: int
+    critical_metrics_days: int
+    events_days: int
+    backups_days: int
+    backup_every_minutes: int
+
+
+@dataclass(frozen=True)
+class RouterProvider:
+    """An endpoint that Claude Code Router may send prompts to."""
+
+    name: str
+    url: str
+    models: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Network:
+    """What crosses the machine's border."""
+
+    egress: bool
+    open_ports: tuple[int, ...]
+    ssh_host_port: int | None  # None: chosen at `up`
+    https_host_port: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a profile implies, resolved. The same profile gives the same Plan."""
+
+    profile: str
+    machine: Machine
+    hostname: str
+    operator: str
+    accounts: tuple[Account, ...]
+    services: tuple[Service, ...]
+    routes: tuple[Route, ...]
+    scrape_jobs: tuple[ScrapeJob, ...]
+    scrape_seconds: int
+    secrets: tuple[Secret, ...]
+    retention: Retention
+    network: Network
+    router_providers: tuple[RouterProvider, ...]
+    agent_concurrency: int
+    service_memory_mb: int  # what the limits of all services may sum to
+
+    def service(self, name: str) -> Service:
+        """The service called `name`; KeyError when the Plan has none."""
+        for service in self.services:
+            if service.name == name:
+                return service
+        raise KeyError(name)
+
+    def units(self, engine: EngineName) -> tuple[str, ...]:
+        """The units that must be active, by the names that `engine` gives them."""
+        return tuple(s.unit[engine] for s in self.services)
+
+    def listeners(self) -> tuple[int, ...]:
+        """Every port that something may listen on, inside the machine."""
+        return tuple(sorted({p for s in self.services for p in s.ports}))
+
+
+# --- RenderedTree -> Image -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RenderedFile:
+    """One file of a rendered tree; a symlink when `target` is set."""
+
+    path: str  # relative, "/" as separator
+    content: str = ""
+    mode: int = 0o644
+    target: str | None = None
+
+
+@dataclass(frozen=True)
+class RenderedTree:
+    """The files that a Plan renders to, sorted by path."""
+
+    files: tuple[RenderedFile, ...]
+
+    def file(self, path: str) -> RenderedFile:
+        """The file at `path`; KeyError when the tree has none."""
+        for f in self.files:
+            if f.path == path:
+                return f
+        raise KeyError(path)
+
+
+@dataclass(frozen=True)
+class Image:
+    """An immutable image in the store, addressed by the digest of what went into it."""
+
+    digest: str
+    engine: EngineName
+    format: ImageFormat
+    folder: Path
+    disk: Path
+    kernel: Path
+    initrd: Path
+    cmdline: str
+    plan: Plan
+    sizes: dict[str, int]  # bytes of each file, to notice a truncated one
+    hashes: dict[str, str]  # SHA-256 of each file
+
+
+# --- Instance --------------------------------------------------------------------------------
+
+
+class InstanceState(enum.StrEnum):
+    """What is true of an instance right now."""
+
+    ABSENT = "absent"
+    STOPPED = "stopped"
+    RUNNING = "running"
+    CRASHED = "crashed"
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where an instance can be reached on this host, and as whom."""
+
+    ssh_port: int
+    https_port: int
+    operator: str
+
+
+# --- Report ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What a check found."""
+
+    id: str
+    suite: Suite
+    title: str
+    outcome: Outcome
+    expected: str
+    seen: str
+    remedy: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """The results of a verification, in the order of the checks' table."""
+
+    instance: str
+    profile: str
+    image: str
+    results: tuple[CheckResult, ...]
+    seconds: float
+
+    @property
+    def holds(self) -> bool:
+        """True when every check ran and passed."""
+        return bool(self.results) and all(r.outcome is Outcome.PASSED for r in self.results)
+
+
+# --- as JSON and back ------------------------------------------------------------------------
+
+
+def to_json(value: object) -> Any:
+    """A dataclass (or tuple, enum, path) as plain JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): to_json(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_json(v) for v in value]
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def from_json(kind: type[T], value: Any) -> T:
+    """The inverse of to_json for the dataclasses of this module.
+
+    Raises ValueError (or KeyError, TypeError) when `value` is not of that form.
+    """
+    return typing.cast(T, _build(kind, value))
+
+
+def _build(kind: Any, value: Any) -> Any:  # noqa: PLR0911
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        unknown = set(value) - set(hints)
+        if unknown:
+            raise ValueError(f"unknown field {sorted(unknown)[0]!r}")
+        return typing.cast(Any, kind)(**{k: _build(hints[k], v) for k, v in value.items()})
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _build(next(a for a in args if a is not types.NoneType), value)
+    if origin is tuple:
+        return tuple(_build(args[0], v) for v in value)
+    if origin is dict:
+        return {k: _build(args[1], v) for k, v in value.items()}
+    if kind in (int, float, str, bool):
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise ValueError(f"{value!r} is not of type {kind.__name__}")
+        return value
+    return kind(value)

@@ -1,0 +1,253 @@
+"""SSH to a machine whose host key is known before the first packet (paramiko).
+
+The host key is pinned: it was made on this side and handed to the guest, so there is no
+"trust on first use" and nothing is ever added. One connection serves any number of commands,
+also in parallel, because a new one costs over a second under TCG.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import paramiko
+
+from ravectl.errors import DeadlineError, RavectlError
+
+HOST = "127.0.0.1"
+# What sshd's MaxSessions allows on one connection by default (sshd_config(5)), less a margin.
+MAX_CHANNELS = 8
+
+
+class HostKeyMismatch(RavectlError):
+    """Something else than our machine answers on its port."""
+
+
+@dataclass(frozen=True)
+class RemoteResult:
+    """What a remote command left."""
+
+    command: str
+    returncode: int
+    stdout: str
+    stderr: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where to connect, as whom, with which key, and which host key must answer."""
+
+    port: int
+    user: str
+    key_file: Path
+    host_key: str  # "ssh-ed25519 AAAA...", as in a .pub file
+
+    @property
+    def known_hosts_line(self) -> str:
+        """The line that OpenSSH's known_hosts needs for this machine."""
+        algorithm, blob = self.host_key.split()[:2]
+        return f"[{HOST}]:{self.port} {algorithm} {blob}\n"
+
+
+class Connection:
+    """An authenticated connection; use as a context manager."""
+
+    def __init__(self, target: Target, timeout: float = 15.0) -> None:
+        """Connect within `timeout` seconds.
+
+        Raises ConnectionError (the machine does not answer yet), HostKeyMismatch, or
+        RavectlError (it answers and refuses us).
+        """
+        self.target = target
+        self._slots = threading.BoundedSemaphore(MAX_CHANNELS)
+        self._transport = _connect(target, timeout)
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the connection; no error when it is gone already."""
+        with contextlib.suppress(Exception):
+            self._transport.close()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the connection still stands."""
+        return self._transport.is_active()
+
+    def run(
+        self,
+        command: str | Sequence[str],
+        *,
+        stdin: bytes = b"",
+        timeout: float = 60.0,
+        check: bool = False,
+    ) -> RemoteResult:
+        """Run a command (a list is quoted for the remote shell) and return what it printed.
+
+        `timeout` is in seconds. Raises DeadlineError, ConnectionError when the connection
+        breaks, and RavectlError when the command fails and `check` is set.
+        """
+        text = command if isinstance(command, str) else shlex.join(command)
+        started = time.monotonic()
+        out, err = bytearray(), bytearray()
+        with self._slots, self._channel(timeout) as channel:
+            channel.exec_command(text)
+            feeder = threading.Thread(target=_feed, args=(channel, stdin), daemon=True)
+            feeder.start()
+            _pump(channel, out.extend, err.extend, started + timeout, text)
+            code = channel.recv_exit_status()
+        result = RemoteResult(
+            text, code, out.decode(errors="replace"), err.decode(errors="replace"),
+            time.monotonic() - started,
+        )  # fmt: skip
+        if check and code != 0:
+            raise RavectlError(
+                f"a command in the machine failed (exit {code}): {text[:120]}",
+                "look at the machine's journal: ravectl logs",
+                details="\n".join((result.stderr or result.stdout).splitlines()[-15:]),
+            )
+        return result
+
+    def stream(self, command: str, on_line: Callable[[str], bool], *, deadline: float) -> None:
+        """Run a command and hand each line of its output to `on_line` until that returns False.
+
+        `deadline` is a time.monotonic() value; DeadlineError when it passes.
+        """
+        rest = bytearray()
+        wanted = True
+
+        def take(data: bytes) -> None:
+            nonlocal wanted
+            rest.extend(data)
+            while wanted and (end := rest.find(b"\n")) >= 0:
+                line = rest[:end].decode(errors="replace")
+                del rest[: end + 1]
+                wanted = on_line(line)
+
+        with self._slots, self._channel(max(deadline - time.monotonic(), 0.1)) as channel:
+            channel.exec_command(command)
+            _pump(channel, take, lambda _: None, deadline, command, lambda: wanted)
+
+    @contextlib.contextmanager
+    def _channel(self, timeout: float) -> Iterator[paramiko.Channel]:
+        try:
+            channel = self._transport.open_session(timeout=timeout)
+        except (paramiko.SSHException, OSError, EOFError) as e:
+            raise ConnectionError(f"the SSH connection is gone: {e}") from None
+        try:
+            yield channel
+        except (paramiko.SSHException, EOFError) as e:
+            raise ConnectionError(f"the SSH connection broke: {e}") from None
+        finally:
+            channel.close()
+
+
+def read_banner(port: int, timeout: float = 2.0) -> str | None:
+    """The greeting of the SSH server on `port`, or None while there is none.
+
+    QEMU accepts connections on a forwarded port before the guest has a server, so only the
+    banner tells that one is there.
+    """
+    try:
+        with socket.create_connection((HOST, port), timeout=timeout) as s:
+            s.settimeout(timeout)
+            data = s.recv(255)
+    except OSError:
+        return None
+    return data.decode(errors="replace").strip() if data.startswith(b"SSH-") else None
+
+
+def _connect(target: Target, timeout: float) -> paramiko.Transport:
+    algorithm, blob = target.host_key.split()[:2]
+    sock = socket.create_connection((HOST, target.port), timeout=timeout)
+    transport = paramiko.Transport(sock)
+    transport.banner_timeout = timeout
+    transport.auth_timeout = timeout
+    transport.get_security_options().key_types = (algorithm,)
+    try:
+        transport.start_client(timeout=timeout)
+        seen = transport.get_remote_server_key()
+        if seen.get_name() != algorithm or seen.get_base64() != blob:
+            raise HostKeyMismatch(
+                f"port {target.port} is answered by a machine with another SSH host key",
+                "another program has taken the port: ravectl down, then ravectl up",
+            )
+        key = paramiko.Ed25519Key.from_private_key_file(str(target.key_file))
+        transport.auth_publickey(target.user, key)
+    except paramiko.AuthenticationException:
+        transport.close()
+        raise RavectlError(
+            f"the machine refused the key of {target.user}",
+            "the instance's credentials do not match its disk: ravectl reset",
+        ) from None
+    except paramiko.IncompatiblePeer as e:
+        transport.close()
+        raise HostKeyMismatch(
+            f"port {target.port} is answered by a machine without our SSH host key ({e})",
+            "another program has taken the port: ravectl down, then ravectl up",
+        ) from None
+    except (paramiko.SSHException, OSError, EOFError) as e:
+        transport.close()
+        raise ConnectionError(f"no SSH on port {target.port}: {e}") from None
+    except BaseException:
+        transport.close()
+        raise
+    transport.set_keepalive(15)
+    return transport
+
+
+def _feed(channel: paramiko.Channel, data: bytes) -> None:
+    with contextlib.suppress(OSError):
+        if data:
+            channel.sendall(data)
+        channel.shutdown_write()
+
+
+def _pump(
+    channel: paramiko.Channel,
+    on_out: Callable[[bytes], None],
+    on_err: Callable[[bytes], None],
+    deadline: float,
+    what: str,
+    wanted: Callable[[], bool] = lambda: True,
+) -> None:
+    """Move output until the command ends, nobody wants more, or the deadline passes."""
+    while wanted():
+        moved = False
+        if channel.recv_ready():
+            on_out(channel.recv(65536))
+            moved = True
+        if channel.recv_stderr_ready():
+            on_err(channel.recv_stderr(65536))
+            moved = True
+        if moved:
+            continue
+        if channel.exit_status_ready() and (channel.eof_received or channel.closed):
+            if not channel.recv_ready() and not channel.recv_stderr_ready():
+                return
+            continue
+        if channel.closed:
+            raise ConnectionError("the SSH connection broke while a command ran")
+        if time.monotonic() > deadline:
+            raise DeadlineError(
+                f"a command in the machine did not finish in time: {what[:80]}",
+                "look at the machine's load: ravectl status",
+            )
+        channel.status_event.wait(0.005)
