@@ -49,7 +49,7 @@ def find_tool(name: str, hint: str = "") -> str:
     raise HostError(f"{name} is not installed on this host", hint or "run: ravectl doctor")
 
 
-def run(  # noqa: PLR0912
+def run(
     argv: Argv,
     *,
     stdin: bytes = b"",
@@ -158,7 +158,9 @@ def spawn(
             env=None if env is None else dict(env),
         )
     except FileNotFoundError:
-        raise HostError(f"{words[0]} is not installed on this host", "run: ravectl doctor") from None
+        raise HostError(
+            f"{words[0]} is not installed on this host", "run: ravectl doctor"
+        ) from None
     finally:
         os.close(sink)
 

@@ -54,9 +54,9 @@ def fast_tmp(need_bytes: int) -> Path:
     Raises HostError when no candidate has `need_bytes` of free space.
     """
     for path, factor in ((Path("/dev/shm"), 3), (Path(tempfile.gettempdir()), 1)):  # noqa: S108
-        if path.is_dir() and os.access(path, os.W_OK):
-            if shutil.disk_usage(path).free >= factor * need_bytes:
-                return path
+        usable = path.is_dir() and os.access(path, os.W_OK)
+        if usable and shutil.disk_usage(path).free >= factor * need_bytes:
+            return path
     raise HostError(
         f"no temporary folder has {need_bytes // 2**20} MB free",
         "free some space in /tmp, or set TMPDIR to a folder on a larger disk",

@@ -26,7 +26,7 @@ HOST = "127.0.0.1"
 MAX_CHANNELS = 8
 
 
-class HostKeyMismatch(RavectlError):
+class HostKeyError(RavectlError):
     """Something else than our machine answers on its port."""
 
 
@@ -63,7 +63,7 @@ class Connection:
     def __init__(self, target: Target, timeout: float = 15.0) -> None:
         """Connect within `timeout` seconds.
 
-        Raises ConnectionError (the machine does not answer yet), HostKeyMismatch, or
+        Raises ConnectionError (the machine does not answer yet), HostKeyError, or
         RavectlError (it answers and refuses us).
         """
         self.target = target
@@ -185,7 +185,7 @@ def _connect(target: Target, timeout: float) -> paramiko.Transport:
         transport.start_client(timeout=timeout)
         seen = transport.get_remote_server_key()
         if seen.get_name() != algorithm or seen.get_base64() != blob:
-            raise HostKeyMismatch(
+            raise HostKeyError(
                 f"port {target.port} is answered by a machine with another SSH host key",
                 "another program has taken the port: ravectl down, then ravectl up",
             )
@@ -197,9 +197,9 @@ def _connect(target: Target, timeout: float) -> paramiko.Transport:
             f"the machine refused the key of {target.user}",
             "the instance's credentials do not match its disk: ravectl reset",
         ) from None
-    except paramiko.IncompatiblePeer as e:
+    except paramiko.ssh_exception.IncompatiblePeer as e:
         transport.close()
-        raise HostKeyMismatch(
+        raise HostKeyError(
             f"port {target.port} is answered by a machine without our SSH host key ({e})",
             "another program has taken the port: ravectl down, then ravectl up",
         ) from None

@@ -1,0 +1,68 @@
+"""Atomic, locked, swept."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ravectl import files
+from ravectl.errors import HostError, RavectlError
+
+
+def test_private_file_is_private_and_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    files.write_atomic(path, "old", files.PRIVATE_FILE)
+    files.write_atomic(path, "new", files.PRIVATE_FILE)
+    assert path.read_text() == "new"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_unwritable_folder_names_cause_and_remedy(tmp_path: Path) -> None:
+    with pytest.raises(HostError) as caught:
+        files.write_atomic(tmp_path / "missing" / "f", "x")
+    assert "no such file" in caught.value.message
+    assert caught.value.hint
+
+
+def test_lock_names_its_holder(tmp_path: Path) -> None:
+    path = tmp_path / "l"
+    with (
+        files.lock(path, "instance 'a'"),
+        pytest.raises(RavectlError) as caught,
+        files.lock(path, "instance 'a'"),
+    ):
+        pass
+    assert "instance 'a' is in use by another ravectl" in caught.value.message
+
+
+def test_staging_of_a_killed_process_is_swept(tmp_path: Path) -> None:
+    script = (
+        "import sys,time,pathlib\nfrom ravectl import files\n"
+        f"with files.staging(pathlib.Path({str(tmp_path)!r}), 'build') as d:\n"
+        " (d/'x').write_text('x'); print(d, flush=True); time.sleep(300)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    left = Path(process.stdout.readline().strip())
+    with files.staging(tmp_path, "build"):
+        assert (left / "x").exists(), "a live maker's folder is not touched"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with files.staging(tmp_path, "build") as fresh:
+        deadline = time.monotonic() + 5
+        while left.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not left.exists()
+        assert fresh.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_room_is_said_before_work_begins(tmp_path: Path) -> None:
+    with pytest.raises(HostError, match="are free"):
+        files.require_space(tmp_path / "not" / "yet", 10**18, "an image")
