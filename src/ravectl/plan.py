@@ -1,0 +1,207 @@
+"""Profile -> Plan: everything that a profile implies, resolved. Pure.
+
+Both engines render from the Plan and `verify` derives its expectations from it, so whatever a
+machine must be is said here and nowhere else. The tables follow docs/contracts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from ravectl.model import (
+    INGRESS_PORT,
+    SSH_PORT,
+    Access,
+    Account,
+    EngineName,
+    Health,
+    Limits,
+    Machine,
+    Network,
+    Plan,
+    Retention,
+    Route,
+    RouterProvider,
+    ScrapeJob,
+    Secret,
+    Service,
+)
+
+OPERATOR = "operator"
+RESERVED_MB = 384  # kernel, systemd, journal and sessions; contracts: sum of service limits
+
+
+class _Limits(Protocol):
+    @property
+    def memory_mb(self) -> int: ...
+    @property
+    def cpu_percent(self) -> int: ...
+    @property
+    def oom_score_adjust(self) -> int: ...
+    @property
+    def tasks(self) -> int: ...
+
+
+class _Provider(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def url(self) -> str: ...
+    @property
+    def models(self) -> tuple[str, ...]: ...
+
+
+def make_plan(
+    *,
+    profile: str,
+    machine: Machine,
+    retention: Retention,
+    egress: bool,
+    ssh_host_port: int | None,
+    https_host_port: int | None,
+    limits: Mapping[str, _Limits],
+    providers: tuple[_Provider, ...],
+    agent_concurrency: int,
+    scrape_seconds: int,
+) -> Plan:
+    """The Plan of a validated profile. The same arguments give the same Plan on every host."""
+    return Plan(
+        profile=profile,
+        machine=machine,
+        hostname=f"rave-{profile}",
+        operator=OPERATOR,
+        accounts=ACCOUNTS,
+        services=tuple(_service(row, limits[row.name]) for row in SERVICES),
+        routes=ROUTES,
+        scrape_jobs=SCRAPE_JOBS,
+        scrape_seconds=scrape_seconds,
+        secrets=SECRETS,
+        retention=retention,
+        network=Network(
+            egress=egress,
+            open_ports=(SSH_PORT, INGRESS_PORT),
+            ssh_host_port=ssh_host_port,
+            https_host_port=https_host_port,
+        ),
+        router_providers=tuple(
+            RouterProvider(name=p.name, url=p.url, models=tuple(p.models)) for p in providers
+        ),
+        agent_concurrency=agent_concurrency,
+        service_memory_mb=machine.memory_mb - RESERVED_MB,
+    )
+
+
+# uids above those that Debian and NixOS give to packages, below those of people
+ACCOUNTS = (
+    Account(name=OPERATOR, uid=1000, home="/home/operator", login=True, sudo=True),
+    Account(name="agent", uid=1001, home="/home/agent", login=False, sudo=False),
+    Account(name="vibe-kanban", uid=901, home="/var/lib/vibe-kanban", login=False, sudo=False),
+    Account(name="ccr", uid=902, home="/run/claude-code-router", login=False, sudo=False),
+)
+
+
+class _Row:
+    """A service as the table has it: everything but its limits, which the profile gives."""
+
+    def __init__(
+        self,
+        name: str,
+        description: str,
+        unit: str,
+        user: str,
+        health: Health,
+        *,
+        debian: str | None = None,
+        ports: tuple[int, ...] = (),
+        after: tuple[str, ...] = (),
+        secrets: tuple[str, ...] = (),
+    ) -> None:
+        self.name = name
+        self.description = description
+        self.unit = {EngineName.NIX.value: unit, EngineName.DEBIAN.value: debian or unit}
+        self.user = user
+        self.health = health
+        self.ports = ports or (health.port,)
+        self.after = after
+        self.secrets = secrets
+
+
+def _service(row: _Row, limits: _Limits) -> Service:
+    return Service(
+        name=row.name,
+        description=row.description,
+        unit=row.unit,
+        user=row.user,
+        ports=row.ports,
+        limits=Limits(
+            memory_mb=limits.memory_mb,
+            cpu_percent=limits.cpu_percent,
+            oom_score_adjust=limits.oom_score_adjust,
+            tasks=limits.tasks,
+        ),
+        health=row.health,
+        after=row.after,
+        secrets=row.secrets,
+    )
+
+
+SERVICES = (
+    _Row(
+        "ssh", "SSH, keys only", "sshd.service", "root", Health(SSH_PORT, None),
+        debian="ssh.service", secrets=("ssh/host-key", "ssh/authorized-keys"),
+    ),
+    _Row(
+        "ingress", "HTTPS ingress, the single way in", "nginx.service", "www-data",
+        Health(8080, "/status"), ports=(INGRESS_PORT, 8080),
+        secrets=("ingress/tls-key", "ingress/tls-cert", "ingress/htpasswd", "ccr/api-key"),
+    ),
+    _Row(
+        "kanban", "Vibe Kanban", "vibe-kanban.service", "vibe-kanban",
+        Health(3000, "/api/health"),
+    ),
+    _Row(
+        "router", "Claude Code Router", "claude-code-router.service", "ccr",
+        Health(3456, "/health"), secrets=("ccr/api-key",),
+    ),
+    _Row(
+        "postgresql", "PostgreSQL", "postgresql.service", "postgres", Health(5432, None),
+        debian="postgresql@17-main.service",
+    ),
+    _Row(
+        "prometheus", "Prometheus", "prometheus.service", "prometheus",
+        Health(9090, "/-/ready"),
+    ),
+    _Row(
+        "node-exporter", "Prometheus node exporter", "prometheus-node-exporter.service",
+        "prometheus", Health(9100, "/"),
+    ),
+)  # fmt: skip
+
+ROUTES = (
+    Route("console", "/", None, None, None, Access.SIGNED_IN, "/", 200),
+    Route("healthz", "/healthz", None, None, None, Access.ANYONE, "/healthz", 200),
+    # Vibe Kanban addresses its assets and API from the root, so it gets a host name of its
+    # own; the path leads there.
+    Route("kanban", "/kanban/", None, None, None, Access.SIGNED_IN, "/kanban/", 302),
+    Route("kanban-host", "/", "kanban.localhost", 3000, "/", Access.SIGNED_IN, "/api/health", 200),
+    Route("router", "/ccr/", None, 3456, "/", Access.SIGNED_IN_OR_KEY, "/ccr/health", 200),
+    Route("router-host", "/", "ccr.localhost", 3456, "/", Access.SIGNED_IN_OR_KEY, "/ui/", 200),
+    Route("metrics", "/metrics", None, None, None, Access.NOBODY, "/metrics", 404),
+    Route("prometheus", "/prometheus/", None, None, None, Access.NOBODY, "/prometheus/", 404),
+)
+
+SCRAPE_JOBS = (
+    ScrapeJob("node", 9100, "/metrics"),
+    ScrapeJob("prometheus", 9090, "/metrics"),
+)
+
+SECRETS = (
+    Secret("ssh/host-key", "root", "root", "0600"),
+    Secret("ssh/authorized-keys", "root", "root", "0644"),
+    Secret("ingress/tls-key", "root", "root", "0600"),
+    Secret("ingress/tls-cert", "root", "root", "0644"),
+    # nginx's workers, not its master, open the password file: at each request
+    Secret("ingress/htpasswd", "root", "www-data", "0640"),
+    Secret("ccr/api-key", "root", "ccr", "0640"),
+)

@@ -1,0 +1,70 @@
+"""Plan -> RenderedTree: Jinja templates to files, the same bytes for the same Plan.
+
+Templates see the Plan and a few pure filters, nothing of the host and no clock. An undefined
+name is an error (StrictUndefined). A template folder's `tree.yaml` names each file with its
+mode, so that modes and symlinks are data and not code.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from ravectl.errors import RavectlError
+from ravectl.model import Plan, RenderedFile, RenderedTree
+
+
+def render(folder: Path, plan: Plan, **extra: object) -> RenderedTree:
+    """Render every entry of `folder`/tree.yaml.
+
+    `extra` are more names for the templates (the engine's own constants). Raises RavectlError
+    naming the template and line when one is wrong.
+    """
+    # autoescape is for HTML; here configuration files are made and to_json/quote do the quoting
+    environment = jinja2.Environment(  # noqa: S701
+        loader=jinja2.FileSystemLoader([folder, folder.parent]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    names = {"plan": plan, **extra}
+    entries: dict[str, Any] = yaml.safe_load((folder / "tree.yaml").read_text())
+    files = [_file(environment, path, entry or {}, names) for path, entry in entries.items()]
+    return RenderedTree(tuple(sorted(files, key=lambda f: f.path)))
+
+
+def _file(
+    environment: jinja2.Environment, path: str, entry: dict[str, Any], names: dict[str, object]
+) -> RenderedFile:
+    if target := entry.get("link"):
+        return RenderedFile(path=path, target=target)
+    source = entry.get("from", f"{path}.j2")
+    try:
+        content = environment.get_template(source).render(names)
+    except jinja2.TemplateError as e:
+        line = getattr(e, "lineno", None)
+        where = f"{source}:{line}" if line else source
+        raise RavectlError(
+            f"template {where} cannot be rendered: {e.message}",
+            "if you changed the template, mend that line; else install ravectl again",
+        ) from None
+    return RenderedFile(path=path, content=content, mode=int(str(entry.get("mode", "644")), 8))
+
+
+def write_tree(tree: RenderedTree, root: Path) -> None:
+    """Write the files of `tree` below `root`, owners as the caller's, modes as rendered."""
+    for f in tree.files:
+        path = root / f.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if f.target is not None:
+            path.unlink(missing_ok=True)
+            path.symlink_to(f.target)
+            continue
+        # never write through a link that a package left here
+        path.unlink(missing_ok=True)
+        path.write_text(f.content)
+        path.chmod(f.mode)
