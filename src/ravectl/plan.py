@@ -28,7 +28,7 @@ from ravectl.model import (
     Service,
 )
 
-OPERATOR = "operator"
+OPERATOR = "rave"  # Debian has a group called operator already
 RESERVED_MB = 384  # kernel, systemd, journal and sessions; contracts: sum of service limits
 
 
@@ -94,7 +94,7 @@ def make_plan(
 
 # uids above those that Debian and NixOS give to packages, below those of people
 ACCOUNTS = (
-    Account(name=OPERATOR, uid=1000, home="/home/operator", login=True, sudo=True),
+    Account(name=OPERATOR, uid=1000, home=f"/home/{OPERATOR}", login=True, sudo=True),
     Account(name="agent", uid=1001, home="/home/agent", login=False, sudo=False),
     Account(name="vibe-kanban", uid=901, home="/var/lib/vibe-kanban", login=False, sudo=False),
     Account(name="ccr", uid=902, home="/run/claude-code-router", login=False, sudo=False),

@@ -1,0 +1,1 @@
+"""What turns a rendered Plan into an image: one module per engine."""

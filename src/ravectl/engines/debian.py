@@ -1,0 +1,421 @@
+"""The debian engine: a Debian 13 root by mmdebstrap, a configuration layer, an ext4 image.
+
+Two layers, so that a change of configuration costs seconds: the *base* (packages, npm parts,
+accounts, kernel, initramfs), cached by the digest of its recipe, and the rendered files on top
+of a copy of it. Both are the same to the bit when made again (docs/adr/0004).
+
+Everything that mounts or runs maintainer scripts does so in namespaces of its own, so that an
+interrupted build leaves neither mounts nor processes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import lzma
+import os
+import re
+import shutil
+import tarfile
+import uuid
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ravectl import command, files
+from ravectl.errors import HostError, RavectlError
+from ravectl.model import Account, ImageFormat
+
+SUITE = "trixie"
+RECIPE = 1  # raise it when this module makes another base from the same inputs
+# Newer time stamps are set to this one: 2026-01-01, before which every package of a point
+# release that matters here was built, so that most keep their own.
+EPOCH = 1767225600
+CMDLINE = "console=ttyS0 root=/dev/vda rw quiet net.ifnames=0 panic=-1"
+BASE_BYTES = 3 * 2**30  # of disk, while a base is made: measured 1.3 GB, with room to grow
+MIRROR_SECONDS = 30  # a mirror that says nothing for this long is given up (apt retries thrice)
+
+PACKAGES = (
+    "busybox-static",
+    "ca-certificates",
+    "curl",
+    "dbus",
+    "e2fsprogs",
+    "git",
+    "iproute2",
+    "less",
+    "linux-image-cloud-amd64",
+    "nftables",
+    "nginx",
+    "nodejs",
+    "openssh-server",
+    "postgresql",
+    "procps",
+    "prometheus",
+    "prometheus-node-exporter",
+    "python3-minimal",
+    "sudo",
+    "systemd-sysv",
+    "udev",
+    "zlib1g",
+)
+
+
+@dataclass(frozen=True)
+class NpmPart:
+    """A program that comes from the npm registry, pinned by version and integrity (SRI)."""
+
+    name: str
+    version: str
+    integrity: str
+
+
+NPM_PARTS = (
+    NpmPart(
+        "vibe-kanban",
+        "0.0.71",
+        "sha512-R2BuFlaD6K+CgA6wfRl5YT80jzaZkjO2CF9XS7zT4nSo+FRa3lmqtR5iTASabNK1sal+/POnCkuTlfiQInbf8A==",
+    ),
+    NpmPart(
+        "@musistudio/claude-code-router",
+        "2.0.0",
+        "sha512-41CRIOgBtYAxY4+xBn+plXv87ghuv0kVcdTUOFcVdf2cwQMY8u+g6DJ9hX9JiSdlX3xVFpW2UFlx7xRUTx5I5g==",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Package:
+    """An installed Debian package."""
+
+    name: str
+    version: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Base:
+    """A cached base layer."""
+
+    key: str
+    root: Path
+    kernel: Path
+    initrd: Path
+    packages: tuple[Package, ...]
+
+
+def base_key(accounts: tuple[Account, ...]) -> str:
+    """What a base is addressed by: the digest of its recipe (not of a mirror's state)."""
+    recipe = [
+        RECIPE, SUITE, EPOCH, PACKAGES,
+        [[p.name, p.version, p.integrity] for p in NPM_PARTS],
+        [[a.name, a.uid, a.home, a.login] for a in accounts],
+    ]  # fmt: skip
+    return files.digest_value(recipe)[:16]
+
+
+def host_mirror(sources: Path = Path("/etc/apt")) -> str:
+    """The Debian mirror that this host's own apt uses; the machine's packages come from there.
+
+    Raises HostError when apt has none.
+    """
+    texts = [
+        p.read_text(errors="replace")
+        for p in (sources / "sources.list", *sorted((sources / "sources.list.d").glob("*")))
+        if p.is_file()
+    ]
+    if mirror := mirror_in("\n".join(texts)):
+        return mirror
+    raise HostError(
+        "this host's apt names no Debian mirror",
+        "add one to /etc/apt/sources.list.d (a deb822 file with Types, URIs, Suites)",
+    )
+
+
+def mirror_in(text: str) -> str | None:
+    """The first archive of Debian's main releases in apt's sources, of either format."""
+    found = re.findall(r"^URIs:\s*(\S+)", text, re.M)
+    found += re.findall(r"^deb\s+(?:\[[^]]*\]\s+)?(\S+)\s", text, re.M)
+    for uri in found:
+        if re.search(r"/debian/?$", uri):
+            return str(uri)
+    return None
+
+
+def ensure_base(cache: Path, accounts: tuple[Account, ...], say: Callable[[str], None]) -> Base:
+    """The base layer from the cache, or made now; `say` receives what it is at.
+
+    Raises HostError when this host lacks a tool, a right or space, RavectlError when a package
+    cannot be had.
+    """
+    key = base_key(accounts)
+    folder = cache / "debian" / f"base-{key}"
+    if not (folder / "packages.json").exists():
+        files.require_space(cache, BASE_BYTES, "a Debian base")
+        if os.geteuid() != 0:
+            raise HostError(
+                "the debian engine needs root to make a Debian root", "run it with sudo"
+            )
+        with files.staging(cache / "debian", "making") as stage:
+            _make_base(stage, accounts, say)
+            files.remove_tree(folder)
+            stage.joinpath("base").rename(folder)
+    return read_base(folder, key)
+
+
+def read_base(folder: Path, key: str) -> Base:
+    """A base that is in the cache; RavectlError when it is damaged."""
+    rows = files.read_json(folder / "packages.json")
+    return Base(
+        key=key,
+        root=folder / "root",
+        kernel=folder / "vmlinuz",
+        initrd=folder / "initrd",
+        packages=tuple(Package(*row) for row in rows),
+    )
+
+
+def _make_base(stage: Path, accounts: tuple[Account, ...], say: Callable[[str], None]) -> None:
+    base = stage / "base"
+    root = base / "root"
+    base.mkdir()
+    _bootstrap(root, say)
+    rows = _installed(root)
+    for part in NPM_PARTS:
+        say(f"{part.name} {part.version} from npm")
+        _unpack_part(part, fetch_part(part, stage), root, stage)
+    say("accounts")
+    _add_accounts(root, accounts)
+    say("kernel and initramfs")
+    shutil.copy(next(root.glob("boot/vmlinuz-*")), base / "vmlinuz")
+    _make_initrd(root, stage / "initramfs", base / "initrd")
+    _forget_the_build(root)
+    (base / "packages.json").write_text(json.dumps(rows))
+
+
+def _bootstrap(root: Path, say: Callable[[str], None]) -> None:
+    hooks = [
+        # a cluster made here would hold this build's identity; first boot makes one
+        'mkdir -p "$1/etc/postgresql-common"',
+        'echo "create_main_cluster = false" > "$1/etc/postgresql-common/createcluster.conf"',
+    ]
+    argv: list[str | os.PathLike[str]] = [
+        "mmdebstrap", "--mode=root", "--variant=apt", "--architectures=amd64",
+        "--components=main", f"--include={','.join(PACKAGES)}",
+        "--aptopt=APT::Install-Recommends \"false\"",
+        "--aptopt=Acquire::Languages \"none\"",
+        f"--aptopt=Acquire::http::Timeout \"{MIRROR_SECONDS}\"",
+        f"--aptopt=Acquire::https::Timeout \"{MIRROR_SECONDS}\"",
+        "--aptopt=Acquire::Retries \"2\"",
+        *(f"--aptopt={line}" for line in _host_apt_options()),
+        "--dpkgopt=force-unsafe-io",
+        *(f"--dpkgopt=path-exclude=/usr/share/{d}/*" for d in ("doc", "man", "locale", "info")),
+        *(f"--setup-hook={h}" for h in hooks),
+        "--skip=cleanup/apt/lists",
+        SUITE, root, host_mirror(),
+    ]  # fmt: skip
+    command.run(
+        command.isolated(argv),
+        env={
+            **os.environ,
+            "SOURCE_DATE_EPOCH": str(EPOCH),
+            "TMPDIR": str(files.fast_tmp(2**30)),
+            "INITRD": "No",  # no initramfs is made: ours replaces it
+        },
+        timeout=1800,
+        on_line=lambda line: say(line.removeprefix("I: ")) if line.startswith("I: ") else None,
+        hint="check that the mirror answers (apt-get update), then build again",
+    )
+
+
+def _host_apt_options() -> list[str]:
+    """What this host told its apt about reaching archives (proxies, validity of snapshots)."""
+    dump = command.run(["apt-config", "dump"], check=False).stdout
+    wanted = re.compile(r"^Acquire::(https?::Proxy|https::CaInfo|Check-Valid-Until|Check-Date)\b")
+    return [
+        line.strip().removesuffix(";")
+        for line in dump.splitlines()
+        if wanted.match(line) and '""' not in line
+    ]
+
+
+def _installed(root: Path) -> list[tuple[str, str, str]]:
+    """Name, version and SHA-256 of every installed package, by the signed package lists."""
+    status = (root / "var/lib/dpkg/status").read_text()
+    wanted = {(s["Package"], s["Version"]) for s in _stanzas(status)}
+    found: dict[tuple[str, str], str] = {}
+    for listing in sorted((root / "var/lib/apt/lists").glob("*_Packages")):
+        for s in _stanzas(listing.read_text()):
+            if (s["Package"], s["Version"]) in wanted:
+                found[s["Package"], s["Version"]] = s["SHA256"]
+    missing = wanted - set(found)
+    if missing:
+        name, version = sorted(missing)[0]
+        raise RavectlError(
+            f"package {name} {version} is installed but in no package list of the mirror",
+            "build again: the mirror changed while it was read",
+        )
+    return sorted((n, v, h) for (n, v), h in found.items())
+
+
+def _stanzas(text: str) -> list[dict[str, str]]:
+    keep = re.compile(r"^(Package|Version|SHA256): (.+)$", re.M)
+    return [
+        {m[1]: m[2] for m in keep.finditer(block)} for block in text.split("\n\n") if block.strip()
+    ]
+
+
+def fetch_part(part: NpmPart, into: Path) -> Path:
+    """Download an npm package by the host's npm and hold it against its pinned integrity."""
+    spec = f"{part.name}@{part.version}"
+    run = command.run(
+        ["npm", "pack", "--json", "--ignore-scripts", "--pack-destination", into, spec],
+        cwd=into,
+        hint=f"check that npm reaches its registry: npm view {spec} version",
+    )
+    packed = str(json.loads(run.stdout)[0]["filename"])
+    tarball = into / packed.replace("@", "").replace("/", "-")
+    check_integrity(tarball, part)
+    return tarball
+
+
+def check_integrity(tarball: Path, part: NpmPart) -> None:
+    """Raise RavectlError unless the tarball has the integrity that `part` pins."""
+    with tarball.open("rb") as f:
+        digest = hashlib.file_digest(f, "sha512").digest()
+    seen = "sha512-" + base64.b64encode(digest).decode()
+    if seen != part.integrity:
+        raise RavectlError(
+            f"{part.name}@{part.version} from npm is not what was pinned ({seen[:24]}...)",
+            "do not use it: the registry serves another file under this version; report it",
+        )
+
+
+def _unpack_part(part: NpmPart, tarball: Path, root: Path, stage: Path) -> None:
+    short = part.name.rpartition("/")[2]
+    target = root / "opt" / short
+    target.mkdir(parents=True)
+    with tarfile.open(tarball) as tar:
+        if short == "vibe-kanban":
+            tar.extract("package/dist/linux-x64/vibe-kanban.zip", stage, filter="data")
+            with zipfile.ZipFile(stage / "package/dist/linux-x64/vibe-kanban.zip") as z:
+                z.extract("vibe-kanban", target)
+            (target / "vibe-kanban").chmod(0o755)
+            return
+        members = [m for m in tar.getmembers() if m.name.startswith("package/dist/")]
+        tar.extractall(stage / short, members=members, filter="data")
+    shutil.move(stage / short / "package" / "dist", target / "dist")
+
+
+def _add_accounts(root: Path, accounts: tuple[Account, ...]) -> None:
+    for a in accounts:
+        shell = "/bin/bash" if a.login else "/usr/sbin/nologin"
+        homes = ["--create-home"] if a.home.startswith("/home/") else ["--no-create-home"]
+        command.run(
+            ["chroot", root, "useradd", "--uid", str(a.uid), "--user-group", *homes,
+             "--home-dir", a.home, "--shell", shell, a.name],
+            env={**os.environ, "SOURCE_DATE_EPOCH": str(EPOCH)},
+        )  # fmt: skip
+        if a.login:
+            # sshd refuses a locked account ("!"); "*" is one without any password
+            command.run(["chroot", root, "usermod", "--password", "*", a.name])
+
+
+INIT = """\
+#!/bin/busybox sh
+# Load the one driver that the kernel lacks, mount the root, hand over.
+/bin/busybox mount -t devtmpfs dev /dev
+for module in /modules/*; do /bin/busybox insmod "$module"; done
+tries=0
+until [ -b /dev/vda ]; do
+  tries=$((tries + 1))
+  if [ $tries -gt 100 ]; then echo "rave: no disk /dev/vda" >/dev/console; exit 1; fi
+  /bin/busybox sleep 0.05
+done
+/bin/busybox mount -t ext4 -o rw,noatime /dev/vda /root || exit 1
+exec /bin/busybox switch_root /root /usr/lib/systemd/systemd
+"""
+DRIVERS = ("virtio_blk",)
+
+
+def _make_initrd(root: Path, work: Path, target: Path) -> None:
+    for folder in ("bin", "dev", "modules", "root"):
+        (work / folder).mkdir(parents=True)
+    shutil.copy(root / "usr/bin/busybox", work / "bin/busybox")
+    for number, driver in enumerate(DRIVERS):
+        source = next(root.glob(f"usr/lib/modules/*/kernel/**/{driver}.ko*"))
+        unpacked = work / "modules" / f"{number}-{driver}.ko"
+        if source.suffix == ".xz":
+            unpacked.write_bytes(lzma.decompress(source.read_bytes()))
+        else:
+            shutil.copy(source, unpacked)
+    (work / "init").write_text(INIT)
+    (work / "init").chmod(0o755)
+    for path in [work, *work.rglob("*")]:
+        os.utime(path, (EPOCH, EPOCH))
+    names = sorted(str(p.relative_to(work)) for p in work.rglob("*"))
+    command.run(
+        ["cpio", "--create", "--format=newc", "--reproducible", "--quiet", "--owner=+0:+0",
+         "--file", target],
+        stdin="\n".join(names).encode(),
+        cwd=work,
+    )  # fmt: skip
+
+
+# What a build leaves that belongs to that one build, or that only costs space.
+FORGET = (
+    "etc/ssh/ssh_host_*", "etc/ssl/private/ssl-cert-snakeoil.key",
+    "etc/ssl/certs/ssl-cert-snakeoil.pem", "etc/machine-id", "etc/hostname", "etc/resolv.conf",
+    "etc/apt/sources.list", "etc/apt/sources.list.d/*", "etc/apt/apt.conf.d/99mmdebstrap",
+    "etc/passwd-", "etc/group-", "etc/shadow-", "etc/gshadow-", "etc/subuid-", "etc/subgid-",
+    "boot/*", "initrd.img*", "vmlinuz*",
+    "usr/share/doc/*", "var/cache/apt/*", "var/cache/debconf/*-old", "var/cache/ldconfig/*",
+    "var/lib/apt/lists/*", "var/lib/dbus/machine-id", "var/lib/systemd/random-seed",
+    "var/lib/systemd/catalog/database", "var/lib/dpkg/*-old", "var/log/*", "tmp/*", "run/*",
+)  # fmt: skip
+
+
+def _forget_the_build(root: Path) -> None:
+    for pattern in FORGET:
+        for path in root.glob(pattern):
+            if path.is_dir() and not path.is_symlink():
+                files.remove_tree(path)
+            else:
+                path.unlink()
+    (root / "var/log/journal").mkdir(mode=0o2755)
+
+
+def make_filesystem(root: Path, raw: Path, disk_gb: int, name: str) -> None:
+    """An ext4 image `raw` of `disk_gb` GiB (sparse) with the content of `root`.
+
+    The same tree gives the same bytes: times are clamped, the UUID and the hash seed come from
+    `name`. The root's own mkfs is used, because Debian 12's (1.47.0) is not reproducible.
+    """
+    _clamp_times(root)
+    fs_uuid = uuid.uuid5(uuid.NAMESPACE_URL, f"rave:{name}")
+    with raw.open("wb") as f:
+        f.truncate(disk_gb * 2**30)
+    libs = root / "usr/lib/x86_64-linux-gnu"
+    command.run(
+        [libs / "ld-linux-x86-64.so.2", "--library-path", libs, root / "usr/sbin/mke2fs",
+         "-t", "ext4", "-q", "-F", "-L", "rave", "-m", "1", "-U", str(fs_uuid),
+         "-E", f"hash_seed={fs_uuid},lazy_itable_init=1,nodiscard,root_owner=0:0",
+         "-d", root, raw],
+        env={"SOURCE_DATE_EPOCH": str(EPOCH), "MKE2FS_CONFIG": str(root / "etc/mke2fs.conf")},
+    )  # fmt: skip
+
+
+def _clamp_times(root: Path) -> None:
+    for folder, folders, names in os.walk(root, followlinks=False):
+        for name in (*folders, *names, "."):
+            path = os.path.join(folder, name)  # noqa: PTH118 - 40,000 of them: a second less
+            if os.lstat(path).st_mtime > EPOCH:
+                os.utime(path, (EPOCH, EPOCH), follow_symlinks=False)
+
+
+def convert(raw: Path, target: Path, fmt: ImageFormat, *, compress: bool) -> None:
+    """Store a raw disk as `fmt`; `compress` is for qcow2 (zstd)."""
+    packed = ["-c", "-o", "compression_type=zstd"] if compress else []
+    command.run(["qemu-img", "convert", "-O", fmt, *packed, raw, target])
