@@ -25,11 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ravectl import command, files
+from ravectl.engines import pgcluster
 from ravectl.errors import HostError, RavectlError
 from ravectl.model import Account, ImageFormat
 
 SUITE = "trixie"
-RECIPE = 1  # raise it when this module makes another base from the same inputs
+RECIPE = 2  # raise it when this module makes another base from the same inputs
 # Newer time stamps are set to this one: 2026-01-01, before which every package of a point
 # release that matters here was built, so that most keep their own.
 EPOCH = 1767225600
@@ -188,6 +189,8 @@ def _make_base(stage: Path, accounts: tuple[Account, ...], say: Callable[[str], 
         _unpack_part(part, fetch_part(part, stage), root, stage)
     say("accounts")
     _add_accounts(root, accounts)
+    say("an empty PostgreSQL cluster")
+    pgcluster.make_cluster(root, EPOCH)
     say("kernel and initramfs")
     shutil.copy(next(root.glob("boot/vmlinuz-*")), base / "vmlinuz")
     _make_initrd(root, stage / "initramfs", base / "initrd")
@@ -197,7 +200,7 @@ def _make_base(stage: Path, accounts: tuple[Account, ...], say: Callable[[str], 
 
 def _bootstrap(root: Path, say: Callable[[str], None]) -> None:
     hooks = [
-        # a cluster made here would hold this build's identity; first boot makes one
+        # the package would make a cluster that differs each time; pgcluster makes ours
         'mkdir -p "$1/etc/postgresql-common"',
         'echo "create_main_cluster = false" > "$1/etc/postgresql-common/createcluster.conf"',
     ]
@@ -419,3 +422,8 @@ def convert(raw: Path, target: Path, fmt: ImageFormat, *, compress: bool) -> Non
     """Store a raw disk as `fmt`; `compress` is for qcow2 (zstd)."""
     packed = ["-c", "-o", "compression_type=zstd"] if compress else []
     command.run(["qemu-img", "convert", "-O", fmt, *packed, raw, target])
+
+
+def copy_root(base: Path, target: Path) -> None:
+    """Copy a base's root with owners, modes, links and capabilities."""
+    command.run(["cp", "--archive", "--reflink=auto", base, target])
