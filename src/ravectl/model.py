@@ -22,6 +22,18 @@ T = TypeVar("T")
 
 SSH_PORT = 22
 INGRESS_PORT = 3002
+RESERVED_MB = 384  # kernel, systemd, journal and sessions: what the services' limits leave free
+
+# in the order in which a person reads them; a profile gives each its limits, plan.SERVICES the rest
+SERVICE_NAMES = (
+    "ssh",
+    "ingress",
+    "kanban",
+    "router",
+    "postgresql",
+    "prometheus",
+    "node-exporter",
+)
 
 
 class EngineName(enum.StrEnum):

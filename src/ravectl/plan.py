@@ -11,6 +11,7 @@ from typing import Protocol
 
 from ravectl.model import (
     INGRESS_PORT,
+    RESERVED_MB,
     SSH_PORT,
     Access,
     Account,
@@ -29,7 +30,6 @@ from ravectl.model import (
 )
 
 OPERATOR = "rave"  # Debian has a group called operator already
-RESERVED_MB = 384  # kernel, systemd, journal and sessions; contracts: sum of service limits
 
 
 class _Limits(Protocol):
