@@ -528,15 +528,12 @@ class _Loader(yaml.SafeLoader):
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent):
-            raise _RefusedError(
-                event.start_mark.line + 1, "aliases are not known here", "write the value out"
-            )
+            raise _RefusedError(line, "aliases are not known here", "write the value out")
         if self.depth > MAX_DEPTH:
-            raise _RefusedError(
-                event.start_mark.line + 1, "nested too deeply", f"see {REFERENCE} for the keys"
-            )
+            raise _RefusedError(line, "nested too deeply", f"see {REFERENCE} for the keys")
         self.depth += 1
         try:
             return super().compose_node(parent, index)
