@@ -79,9 +79,8 @@ def _quantity(kind: _Kind, unit: str, low: int, high: int) -> BeforeValidator:
     """Reads '2 GB' into a whole number of `unit`, within bounds given in that unit."""
 
     def read(value: object) -> int:
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise _wrong(f"is not {kind.noun}", f"write {kind.noun}, such as {kind.examples}")
-        match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)\s*([A-Za-z%]*)", str(value).strip())
+        text = "" if isinstance(value, bool | dict | list) else str(value).strip()
+        match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)\s*([A-Za-z%]*)", text)
         if not match:
             raise _wrong(
                 f"{_show(value)} is not {kind.noun}", f"write {kind.noun}, such as {kind.examples}"
@@ -140,9 +139,10 @@ def _known_service(name: str) -> str:
 
 
 Days = Annotated[int, _quantity(TIME, "days", 1, 3650)]
+NAME = "[a-z]([a-z0-9-]{0,30}[a-z0-9])?"  # rave-NAME is a host name
 Name = Annotated[
     str,
-    _word("[a-z]([a-z0-9-]{0,30}[a-z0-9])?", "a name (a-z, 0-9, -; at most 32)", "'my-team'"),
+    _word(NAME, "a name (a-z, 0-9, -; at most 32)", "'my-team'"),
 ]
 HostPort = Annotated[int, WHOLE, _within(1024, 65535)] | None
 # `@` stays out of both: it would let a text stand for the secrets that are filled in at boot
@@ -283,7 +283,7 @@ class Profile(_Section):
     def _every_service(cls, services: dict[str, ServiceLimits]) -> dict[str, ServiceLimits]:
         if missing := [name for name in SERVICE_NAMES if name not in services]:
             keys = ", ".join(_aliases(ServiceLimits))
-            raise _wrong(f"{missing[0]} has no limits", f"add {missing[0]} with {keys}")
+            raise _wrong(f"no limits for {', '.join(missing)}", f"add each with {keys}")
         return {name: services[name] for name in SERVICE_NAMES}
 
     @model_validator(mode="after")
@@ -375,12 +375,13 @@ def load(name: str, workspace_file: Path | None) -> Profile:
     profile, ProfileError when a file is missing or wrong.
     """
     over = _read(workspace_file) if workspace_file is not None else None
-    own = [over.data[key] for key in ("name", "extends") if key in over.data] if over else []
-    if over is not None and name in own:
+    if over is not None and name in (over.data.get("name"), over.data.get("extends")):
         return _validate(_extended(over))
-    if name in shipped():
+    known = list(shipped())
+    if name in known:
         return _validate(_shipped(name))
-    known = [*shipped(), *(str(n) for n in own[:1])]
+    if over is not None and re.fullmatch(NAME, own := str(over.data.get("name"))):
+        known.append(own)
     raise UsageError(
         f"there is no profile {_show(name)}",
         _nearest(name, known) or f"the profiles are {', '.join(known)}",
@@ -463,7 +464,7 @@ def _read(path: Path) -> _Document:
         loader = _Loader(text)
         node = loader.get_single_node()
         document = _Document(path, {})
-        if node is None:
+        if node is None or node.tag == _TAG + "null":
             raise _at(path, 1, "the file is empty", f"write at least: extends: {DEFAULT}")
         if not isinstance(node, yaml.MappingNode):
             raise _at(path, _line(node), "a profile is made of keys", "write lines of `key: value`")

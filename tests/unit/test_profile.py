@@ -1,0 +1,511 @@
+"""A profile is right, or the error says where it is wrong and what to write instead."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ravectl import files, profile
+from ravectl.errors import EXIT_USAGE, ProfileError, UsageError
+from ravectl.model import RESERVED_MB, SERVICE_NAMES
+from ravectl.profile import Profile
+
+ALWAYS = settings(deadline=None, max_examples=150)
+
+
+def workspace(folder: Path, text: str | bytes) -> Path:
+    path = folder / "rave.yaml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+def error(folder: Path, text: str | bytes) -> ProfileError:
+    with pytest.raises(ProfileError) as caught:
+        profile.select(None, {}, workspace(folder, text))
+    return caught.value
+
+
+# --- the shipped ones --------------------------------------------------------------------------
+
+
+def test_safe_keeps_its_promises() -> None:
+    p = profile.load("safe", None)
+    assert (p.machine.memory_mb, p.machine.cpus, p.machine.disk_gb) == (2048, 2, 10)
+    assert (p.retention.metrics, p.retention.metrics_size) == (3, 512)
+    assert (p.retention.critical_metrics, p.retention.events) == (30, 7)
+    assert p.retention.backups == 30
+    assert p.retention.backup_every <= 15
+    assert p.agents.concurrency == 1
+    assert p.network.egress is False
+
+
+def test_full_pipe_keeps_its_promises() -> None:
+    p = profile.load("full-pipe", None)
+    assert (p.machine.memory_mb, p.machine.cpus, p.machine.disk_gb) == (4096, 4, 40)
+    assert (p.retention.metrics, p.retention.events, p.retention.backups) == (7, 30, 30)
+    assert p.retention.backup_every <= 15
+    assert p.agents.concurrency == 4
+    assert p.network.egress is True
+
+
+@pytest.mark.parametrize("name", profile.shipped())
+def test_shipped_profiles_leave_room_for_the_system(name: str) -> None:
+    p = profile.load(name, None)
+    assert p.name == name
+    assert tuple(p.services) == SERVICE_NAMES
+    assert sum(s.memory_mb for s in p.services.values()) <= p.machine.memory_mb - RESERVED_MB
+    # what a person needs to get in and to keep data goes last
+    by_sacrifice = sorted(p.services, key=lambda s: p.services[s].oom_score_adjust)
+    assert by_sacrifice[:2] == ["ssh", "postgresql"]
+
+
+# --- which one ---------------------------------------------------------------------------------
+
+OVER_SAFE = "extends: safe\nagents: {concurrency: 3}\n"
+
+
+@pytest.mark.parametrize(
+    ("flag", "env", "text", "name", "concurrency"),
+    [
+        (None, {}, None, "safe", 1),
+        ("full-pipe", {}, None, "full-pipe", 4),
+        (None, {"FULL_PIPE": "1"}, None, "full-pipe", 4),
+        (None, {"SAFE": "true", "FULL_PIPE": "0"}, None, "safe", 1),
+        (None, {"SAFE": "", "FULL_PIPE": "Yes"}, None, "full-pipe", 4),
+        ("safe", {"FULL_PIPE": "1"}, None, "safe", 1),
+        ("safe", {"FULL_PIPE": "1", "SAFE": "1"}, None, "safe", 1),
+        (None, {}, OVER_SAFE, "safe", 3),
+        ("safe", {}, OVER_SAFE, "safe", 3),
+        (None, {"SAFE": "1"}, OVER_SAFE, "safe", 3),
+        ("full-pipe", {}, OVER_SAFE, "full-pipe", 4),
+        (None, {"FULL_PIPE": "1"}, OVER_SAFE, "full-pipe", 4),
+        (None, {}, OVER_SAFE + "name: mine", "mine", 3),
+        ("mine", {}, OVER_SAFE + "name: mine", "mine", 3),
+        ("safe", {}, OVER_SAFE + "name: mine", "mine", 3),
+    ],
+)
+def test_flag_then_environment_then_workspace_then_safe(
+    tmp_path: Path,
+    flag: str | None,
+    env: dict[str, str],
+    text: str | None,
+    name: str,
+    concurrency: int,
+) -> None:
+    path = workspace(tmp_path, text) if text else None
+    p = profile.select(flag, env, path)
+    assert (p.name, p.agents.concurrency) == (name, concurrency)
+
+
+def test_environment_that_contradicts_itself() -> None:
+    with pytest.raises(UsageError, match="both set") as caught:
+        profile.select(None, {"SAFE": "1", "FULL_PIPE": "1"}, None)
+    assert caught.value.exit_code == EXIT_USAGE
+    with pytest.raises(UsageError, match="neither on nor off"):
+        profile.select(None, {"SAFE": "maybe"}, None)
+
+
+def test_unknown_profile_suggests_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        profile.load("full-pip", None)
+    assert caught.value.hint == "did you mean 'full-pipe'?"
+    with pytest.raises(UsageError) as caught:
+        profile.load("zzz", workspace(tmp_path, OVER_SAFE + "name: mine"))
+    assert caught.value.hint == "the profiles are safe, full-pipe, mine"
+
+
+# --- extending ---------------------------------------------------------------------------------
+
+
+def test_mappings_merge_lists_and_scalars_replace(tmp_path: Path) -> None:
+    text = """
+        extends: safe
+        machine: {memory: 3 GB}
+        services: {kanban: {memory: 1 GB}}
+        router:
+          providers:
+            - {name: local, url: "http://10.0.2.2:11434/v1", models: [qwen3]}
+    """
+    p = profile.select(None, {}, workspace(tmp_path, text))
+    safe = profile.load("safe", None)
+    assert p.machine == safe.machine.model_copy(update={"memory_mb": 3072})
+    kanban = safe.services["kanban"].model_copy(update={"memory_mb": 1024})
+    assert p.services == {**safe.services, "kanban": kanban}
+    assert [provider.name for provider in p.router.providers] == ["local"]
+    assert (p.retention, p.network, p.agents) == (safe.retention, safe.network, safe.agents)
+
+
+def test_a_profile_may_stand_alone(tmp_path: Path) -> None:
+    text = (files.find_data("profiles") / "safe.yaml").read_text()
+    alone = workspace(tmp_path, text.replace("name: safe", "name: alone"))
+    p = profile.select(None, {}, alone)
+    assert p == profile.load("safe", None).model_copy(update={"name": "alone"})
+
+
+def test_a_workspace_does_not_pass_for_another_shipped_profile(tmp_path: Path) -> None:
+    e = error(tmp_path, "extends: safe\nname: full-pipe\n")
+    assert ":2: name:" in e.message
+    text = (files.find_data("profiles") / "safe.yaml").read_text()
+    assert "name: 'safe' is another profile" in error(tmp_path, text).message
+
+
+# --- quantities --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "mb"),
+    [("2 GB", 2048), ("2GB", 2048), ("2 gib", 2048), ("2048 MB", 2048), ("2.5 GB", 2560)],
+)
+def test_sizes(tmp_path: Path, written: str, mb: int) -> None:
+    path = workspace(tmp_path, f"extends: safe\nmachine: {{memory: {written}}}")
+    assert profile.select(None, {}, path).machine.memory_mb == mb
+
+
+@pytest.mark.parametrize(
+    ("written", "days"), [("1 day", 1), ("48 hours", 2), ("2 weeks", 14), ("1440 min", 1)]
+)
+def test_times(tmp_path: Path, written: str, days: int) -> None:
+    path = workspace(tmp_path, f"extends: safe\nretention: {{events: {written}}}")
+    assert profile.select(None, {}, path).retention.events == days
+
+
+# --- errors: line, key, cause, remedy -----------------------------------------------------------
+
+WRONG = [
+    # keys
+    ("machine: {memroy: 3 GB}", 2, "machine.memroy: unknown key", "'memory'"),
+    ("machne: {}", 2, "machne: unknown key", "'machine'"),
+    ("zzz: 1", 2, "zzz: unknown key", "machine, services"),
+    ("'a\\nb': 1", 2, r"'a\\nb': unknown key", "the keys here"),
+    ("<<: {a: 1}", 2, "'<<': unknown key", "the keys here"),
+    ("services: {kanbn: {memory: 3 GB}}", 2, "services.kanbn: unknown service", "'kanban'"),
+    ("services: {kanban: {mem: 3 GB}}", 2, "services.kanban.mem: unknown key", "'memory'"),
+    ("services: {kanban: {'[key]': 1}}", 2, "services.kanban.'[key]': unknown key", "tasks"),
+    ("machine:", 2, "machine: is empty", "memory, cpus, disk"),
+    ("machine: 3", 2, "machine: 3 is no group of keys", "memory, cpus, disk"),
+    ("services: []", 2, "services: a list is no group of keys", "ssh, ingress"),
+    ("1: 2", 2, "1: unknown key", "the keys here"),
+    ("? [a]\n: b", 2, "a key is a word", "`key: value`"),
+    ("machine: {cpus: 1}\nmachine: {cpus: 2}", 3, "is there already, in line 2", "remove one"),
+    # units
+    ("machine: {memory: 2048}", 2, "machine.memory: 2048 has no unit", "'2048 MB'"),
+    ("machine: {disk: 20}", 2, "machine.disk: 20 has no unit", "'20 GB'"),
+    ("scrape_every: 5", 2, "scrape_every: 5 has no unit", "'5 s'"),
+    ("retention: {events: 3}", 2, "retention.events: 3 has no unit", "'3 days'"),
+    ("services: {ssh: {cpu: 50}}", 2, "services.ssh.cpu: 50 has no unit", "'50 %'"),
+    ("retention: {events: 3 dyas}", 2, "'dyas' is not a unit of a time", "'3 days'"),
+    ("machine: {memory: 3 days}", 2, "'days' is not a unit of a size", "MB"),
+    ("machine: {memory: lots}", 2, "'lots' is not a size", "'2 GB'"),
+    ("machine: {memory: -2 GB}", 2, "'-2 GB' is not a size", "'2 GB'"),
+    ("machine: {memory: true}", 2, "true is not a size", "'2 GB'"),
+    ("machine: {memory: [1]}", 2, "a list is not a size", "'2 GB'"),
+    ("retention: {events: 90 min}", 2, "'90 min' is not a whole number of days", "in days"),
+    # bounds
+    ("machine: {memory: 512 MB}", 2, "machine.memory: '512 MB' is less", "from '1024 MB'"),
+    ("machine: {memory: 2000 TB}", 2, "machine.memory: '2000 TB' is more", "to '1048576 MB'"),
+    ("machine: {disk: 1 GB}", 2, "machine.disk: '1 GB' is less", "from '4 GB'"),
+    ("machine: {cpus: 0}", 2, "machine.cpus: 0 is out of bounds", "from 1 to 64"),
+    ("machine: {cpus: 65}", 2, "machine.cpus: 65 is out of bounds", "from 1 to 64"),
+    ("machine: {cpus: '2'}", 2, "machine.cpus: '2' is not a whole number", "without quotes"),
+    ("machine: {cpus: 2.5}", 2, "machine.cpus: 2.5 is not a whole number", "digits"),
+    ("machine: {cpus: true}", 2, "machine.cpus: true is not a whole number", "digits"),
+    (f"machine: {{cpus: 0x{'f' * 6000}}}", 2, "machine.cpus: '0xfff", "digits"),
+    ("services: {ssh: {oom_score_adjust: -1001}}", 2, "oom_score_adjust: -1001", "-1000 to 1000"),
+    ("services: {ssh: {tasks: 1}}", 2, "services.ssh.tasks: 1", "from 8"),
+    ("services: {ssh: {cpu: 0 %}}", 2, "services.ssh.cpu: '0 %' is less", "from '5 %'"),
+    ("agents: {concurrency: 0}", 2, "agents.concurrency: 0", "from 1 to 64"),
+    ("network: {ssh_port: 1023}", 2, "network.ssh_port: 1023", "from 1024 to 65535"),
+    ("network: {https_port: 65536}", 2, "network.https_port: 65536", "from 1024 to 65535"),
+    ("network: {ssh_port: 3333, https_port: 3333}", 2, "3333 is ssh_port already", "own"),
+    ("network: {egress: ture}", 2, "network.egress: 'ture' is neither true nor false", "'true'"),
+    ("network: {egress: 1}", 2, "network.egress: 1 is neither true nor false", "true or false"),
+    ("retention: {metrics_size: 6 GB}", 2, "more than half of machine.disk", "'5120 MB'"),
+    # names and lists
+    ("name: My Team", 2, "name: 'My Team' is not a name", "'my-team'"),
+    ("name: 5", 2, "name: 5 is not a text", "quotes"),
+    ("name: two--\n", 2, "name: 'two--' is not a name", "'my-team'"),
+    ("router: {providers: []}", 2, "router.providers: the list is empty", "at least one"),
+    ("router: {providers: x}", 2, "router.providers: 'x' is not a list", "a list"),
+    # files
+    ("a: b: c", 2, "not YAML: mapping values are not allowed here", "quotes"),
+    ("a: [", 2, "not YAML", "mend that line"),
+    ("a: 'b", 2, "not YAML", "mend that line"),
+    ("a: \tb\n\tc: d", 2, "not YAML", "mend that line"),
+    ("a: \x07", 2, "not text: character #x0007", "mend that line"),
+    ('a: "\\UFFFFFFFF"', 2, "not YAML", "mend that line"),
+    ("a: !!int foo", 2, "not YAML", "mend that line"),
+    ("a: !!python/object/apply:os.system [id]", 2, "tag of this value", "leave the tag out"),
+    ("a: &a [1]\nb: *a", 3, "aliases are not known here", "write the value out"),
+    ("a: " + "[" * 30000, 2, "nested too deeply", "docs/profiles.md"),
+    ("a: b\n---\nc: d", 3, "not YAML: but found another document", "mend that line"),
+]
+
+
+@pytest.mark.parametrize(("text", "line", "cause", "remedy"), WRONG, ids=[w[0][:40] for w in WRONG])
+def test_error_names_file_line_key_and_remedy(
+    tmp_path: Path, text: str, line: int, cause: str, remedy: str
+) -> None:
+    e = error(tmp_path, f"extends: safe\n{text}")
+    assert e.message.startswith(f"{tmp_path}/rave.yaml:{line}: ")
+    assert cause in e.message
+    assert remedy in e.hint
+    assert e.exit_code == EXIT_USAGE
+    assert_readable(e)
+
+
+@pytest.mark.parametrize("url", ["ftp://x", "http://example.org/v1", "https://me:pass@host/v1"])
+def test_prompts_and_keys_do_not_travel_in_clear_or_to_nowhere(tmp_path: Path, url: str) -> None:
+    provider = f"{{name: a, url: '{url}', models: [m]}}"
+    e = error(tmp_path, f"extends: safe\nrouter:\n  providers:\n  - {provider}")
+    assert ":4: router.providers[0].url: " in e.message
+    assert "https://api.anthropic.com/v1/messages" in e.hint
+
+
+@pytest.mark.parametrize(
+    ("models", "where"),
+    [("[]", "models"), ("['a,b']", "models[0]"), ("['@API_KEY@']", "models[0]")],
+)
+def test_models_are_names(tmp_path: Path, models: str, where: str) -> None:
+    provider = f"{{name: a, url: 'https://x/', models: {models}}}"
+    e = error(tmp_path, f"extends: safe\nrouter: {{providers: [{provider}]}}")
+    assert f":2: router.providers[0].{where}: " in e.message
+
+
+def test_providers_have_names_of_their_own(tmp_path: Path) -> None:
+    provider = "{name: a, url: 'https://x/', models: [m]}"
+    e = error(tmp_path, f"extends: safe\nrouter:\n  providers:\n  - {provider}\n  - {provider}")
+    assert ":5: router.providers[1].name: 'a' is there twice" in e.message
+
+
+@pytest.mark.parametrize("text", ["", "\n# nothing\n", "---\n"])
+def test_empty_file(tmp_path: Path, text: str) -> None:
+    e = error(tmp_path, text)
+    assert "the file is empty" in e.message
+    assert "extends: safe" in e.hint
+
+
+def test_missing_keys_are_named_together(tmp_path: Path) -> None:
+    e = error(tmp_path, "name: alone\nagents: {}\n")
+    assert ":1: machine, services, network, " in e.message
+    assert "extends: safe" in e.hint
+    assert ":2: agents: concurrency is missing" in e.details
+
+
+def test_missing_services_are_named(tmp_path: Path) -> None:
+    text = (files.find_data("profiles") / "safe.yaml").read_text()
+    lines = [n for n in text.splitlines() if not n.strip().startswith(("ssh:", "router: {"))]
+    e = error(tmp_path, "\n".join(lines).replace("name: safe", "name: x"))
+    line = 1 + lines.index("services:")
+    assert f":{line}: services: no limits for ssh, router" in e.message
+    assert "memory, cpu, oom_score_adjust, tasks" in e.hint
+
+
+@pytest.mark.parametrize(("value", "nearest"), [("sfae", "'safe'"), ("fullpipe", "'full-pipe'")])
+def test_extends_suggests_the_nearest(tmp_path: Path, value: str, nearest: str) -> None:
+    e = error(tmp_path, f"name: x\nextends: {value}\n")
+    assert f":2: extends: there is no profile '{value}' to extend" in e.message
+    assert e.hint == f"did you mean {nearest}?"
+
+
+@pytest.mark.parametrize("value", ["", "[safe]", "{safe: 1}", "3"])
+def test_extends_that_is_no_name(tmp_path: Path, value: str) -> None:
+    e = error(tmp_path, f"name: x\nextends: {value}\n")
+    assert ":2: extends: there is no profile" in e.message
+
+
+def test_memory_promised_twice_names_sum_limit_and_largest(tmp_path: Path) -> None:
+    e = error(tmp_path, "extends: safe\nservices:\n  kanban:\n    memory: 700 MB\n")
+    total = sum(s.memory_mb for s in profile.load("safe", None).services.values()) + 700 - 192
+    assert ":4: services.kanban.memory:" in e.message
+    assert f"sums to {total} MB, 1664 MB are there" in e.message
+    assert "the largest is kanban with 700 MB" in e.message
+    assert f"'{total + RESERVED_MB} MB' as machine.memory" in e.hint
+    assert "services.kanban.memory" in e.hint
+
+
+def test_memory_sum_is_blamed_on_a_line_that_the_person_wrote(tmp_path: Path) -> None:
+    e = error(tmp_path, "extends: safe\nmachine:\n  memory: 1 GB\n")
+    assert f"{tmp_path}/rave.yaml:3: machine.memory:" in e.message
+
+
+def test_memory_may_sum_to_the_limit_exactly(tmp_path: Path) -> None:
+    others = sum(s.memory_mb for n, s in profile.load("safe", None).services.items() if n != "ssh")
+    for extra, holds in ((0, True), (1, False)):
+        text = f"extends: safe\nservices: {{ssh: {{memory: {1664 - others + extra} MB}}}}"
+        path = workspace(tmp_path, text)
+        if holds:
+            profile.select(None, {}, path)
+        else:
+            assert "sums to 1665 MB" in error(tmp_path, text).message
+
+
+def test_every_error_is_reported_in_the_order_of_lines(tmp_path: Path) -> None:
+    e = error(tmp_path, "extends: safe\nagents: {concurrency: 0}\nmachine: {cpus: 0, dsk: 1 GB}\n")
+    assert ":2: agents.concurrency" in e.message
+    assert ":3: machine.cpus" in e.details
+    assert ":3: machine.dsk: unknown key\n  did you mean 'disk'?" in e.details
+
+
+# --- files that are none ------------------------------------------------------------------------
+
+
+def test_absent_file(tmp_path: Path) -> None:
+    with pytest.raises(ProfileError, match="there is no file") as caught:
+        profile.select(None, {}, tmp_path / "rave.yaml")
+    assert "ravectl init" in caught.value.hint
+
+
+def test_folder_pipe_and_link_to_itself(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for ever
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (tmp_path, tmp_path / "pipe", tmp_path / "loop", Path("/dev/zero")):
+        with pytest.raises(ProfileError) as caught:
+            profile.select(None, {}, path)
+        assert_readable(caught.value)
+
+
+def test_unreadable_file() -> None:
+    # a regular file that not even root can read from its beginning
+    with pytest.raises(ProfileError, match="cannot be read"):
+        profile.select(None, {}, Path("/proc/self/mem"))
+
+
+def test_binary_file(tmp_path: Path) -> None:
+    assert ":2: not text in UTF-8" in error(tmp_path, b"name: x\n\xff\xfe\x00").message
+
+
+def test_huge_file(tmp_path: Path) -> None:
+    e = error(tmp_path, b"# comment\n" * 10_000)
+    assert "larger than 64 KB" in e.message
+
+
+def test_alias_bomb(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)]
+    assert ":2: aliases are not known here" in error(tmp_path, "\n".join(lines)).message
+
+
+# --- anything at all ----------------------------------------------------------------------------
+
+
+def assert_readable(e: ProfileError | UsageError) -> None:
+    """One line of cause, one of remedy, in characters that every terminal takes."""
+    for text in (e.message, e.hint):
+        assert text
+        assert len(text.splitlines()) == 1
+        assert text.isprintable()
+        text.encode()
+    e.details.encode()
+
+
+def outcome(path: Path) -> Profile | None:
+    try:
+        return profile.select(None, {}, path)
+    except ProfileError as e:
+        wrong = e
+    assert_readable(wrong)
+    assert str(path) in wrong.message
+    return None
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("any")
+
+
+@ALWAYS
+@given(raw=st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
+def test_any_bytes_give_a_profile_or_an_error(folder: Path, raw: bytes) -> None:
+    outcome(workspace(folder, raw))
+    outcome(workspace(folder, b"extends: safe\n" + raw))
+
+
+MARKS = st.text("[]{}:,&*!|>#%@?-\"'\\~ \n\t=<.01xa", min_size=1, max_size=3)
+WORDS = st.sampled_from(
+    ["extends", "safe", "machine", ": ", "\n  ", "!!int ", "1e999", "2024-02-31"]
+)
+YAMLISH = st.lists(MARKS | WORDS, max_size=30).map("".join)
+
+
+@settings(deadline=None, max_examples=500)
+@given(text=YAMLISH)
+def test_anything_like_yaml_gives_a_profile_or_an_error(folder: Path, text: str) -> None:
+    outcome(workspace(folder, text))
+
+
+def names(section: Any = None) -> list[str]:
+    """Every key that the shipped profile has, at any depth."""
+    section = section or yaml.safe_load((files.find_data("profiles") / "safe.yaml").read_text())
+    found = list(section)
+    for value in section.values():
+        found += names(value) if isinstance(value, dict) else []
+    return found
+
+
+KEYS = st.sampled_from([*names(), "extends", "name"]) | st.text(max_size=8)
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.dates()
+    | st.text(max_size=12)
+    | st.sampled_from(["2 GB", "3 days", "50 %", "10 s", "safe", "full-pipe", "https://x/"])
+)
+TREES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(tree=st.dictionaries(KEYS, TREES, max_size=5), extends=st.booleans())
+def test_any_tree_gives_a_profile_or_an_error(
+    folder: Path, tree: dict[str, Any], extends: bool
+) -> None:
+    if extends:
+        tree = {**tree, "extends": "safe"}
+    outcome(workspace(folder, yaml.safe_dump(tree, allow_unicode=True)))
+
+
+def leaves(section: dict[str, Any], at: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    found = []
+    for key, value in section.items():
+        found += leaves(value, (*at, key)) if isinstance(value, dict) else [(*at, key)]
+    return found
+
+
+SAFE = yaml.safe_load((files.find_data("profiles") / "safe.yaml").read_text())
+
+
+@ALWAYS
+@given(at=st.sampled_from(leaves(SAFE)), value=SCALARS)
+def test_one_value_overridden_is_that_value_or_an_error_on_its_line(
+    folder: Path, at: tuple[str, ...], value: object
+) -> None:
+    tree: Any = value
+    for key in reversed(at):
+        tree = {key: tree}
+    text = "extends: safe\n" + yaml.safe_dump(tree, allow_unicode=True)
+    path = workspace(folder, text)
+    p = outcome(path)
+    if p is None:
+        assert f"{path}:{1 + len(at)}: " in error(folder, text).message
+        return
+    # nothing but that value differs
+    before = profile.load("safe", None).model_dump(by_alias=True)
+    after = p.model_dump(by_alias=True)
+    assert {k for k in leaves(before) if get(before, k) != get(after, k)} <= {at}
+
+
+def get(section: Any, at: tuple[str, ...]) -> Any:
+    for key in at:
+        section = section[key]
+    return section
