@@ -1,0 +1,23 @@
+"""Verification: hold a running machine against the Plan that it was built from.
+
+report = run(VerifyTarget(...), suites={Suite.SECURITY})
+print(render(report, "junit"))
+"""
+
+from ravectl.verify.checks import CHECKS, run, select
+from ravectl.verify.framework import Check, Judgement, Probe, Subject, VerifyTarget
+from ravectl.verify.report import Format, render, summary
+
+__all__ = [
+    "CHECKS",
+    "Check",
+    "Format",
+    "Judgement",
+    "Probe",
+    "Subject",
+    "VerifyTarget",
+    "render",
+    "run",
+    "select",
+    "summary",
+]

@@ -1,0 +1,56 @@
+"""The table of the checks, and the choice among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Set
+from typing import Final
+
+from ravectl.errors import UsageError
+from ravectl.model import CheckResult, Report, Suite
+from ravectl.verify import http, observability, security, service
+from ravectl.verify.framework import Check, VerifyTarget, execute
+
+CHECKS: Final[tuple[Check, ...]] = (
+    *service.CHECKS,
+    *http.CHECKS,
+    *security.CHECKS,
+    *observability.CHECKS,
+)
+
+
+def select(
+    suites: Set[Suite] | None = None, ids: Set[str] | None = None, *, disruptive: bool = False
+) -> tuple[Check, ...]:
+    """The checks of the suites and ids asked for (None: all), in the order of the table.
+
+    Disruptive ones only if asked for, by `disruptive` or by id. Raises UsageError for an id
+    that does not exist and when nothing is left: a verification of nothing is no pass.
+    """
+    wanted = None if ids is None else {i.upper() for i in ids}
+    unknown = sorted((wanted or set()) - {c.id for c in CHECKS})
+    known = ", ".join(c.id for c in CHECKS)
+    if unknown:
+        raise UsageError(f"there is no check {unknown[0]!r}", f"the checks are: {known}")
+    chosen = tuple(
+        c
+        for c in CHECKS
+        if (suites is None or c.suite in suites)
+        and (c.id in wanted if wanted is not None else disruptive or not c.disruptive)
+    )
+    if not chosen:
+        raise UsageError(
+            "no check is both in the suites and among the ids asked for", f"the checks are: {known}"
+        )
+    return chosen
+
+
+def run(
+    target: VerifyTarget,
+    suites: Set[Suite] | None = None,
+    ids: Set[str] | None = None,
+    on_result: Callable[[CheckResult], None] | None = None,
+    *,
+    disruptive: bool = False,
+) -> Report:
+    """Hold a running machine against its Plan; `on_result` gets each result as it comes."""
+    return execute(select(suites, ids, disruptive=disruptive), target, on_result)

@@ -1,0 +1,509 @@
+"""Checks of the suite `http`: who may use which route, TLS, headers, response times.
+
+All are asked from this host, through the forwarded port, as a user's browser would. What was
+seen is recorded as JSON, one object per line, and judged apart from the asking.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+import secrets
+import socket
+import ssl
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+from ravectl.model import Access, Plan, Route, Suite
+from ravectl.verify import web
+from ravectl.verify.framework import (
+    Check,
+    Judgement,
+    Probe,
+    Subject,
+    VerifyTarget,
+    judged,
+    unreadable,
+)
+
+REQUESTS = 500
+CONNECTIONS = 2
+P99_MS = 200.0
+
+# Who asks. The names stand in the records; the headers that they mean are made by _headers().
+NOBODY_SIGNED_IN = "no credentials"
+SIGNED_IN = "signed in"
+WRONG_PASSWORD = "wrong password"  # noqa: S105
+UNKNOWN_USER = "unknown user"
+RIGHT_KEY = "right key"
+WRONG_KEY = "wrong key"
+
+REFUSED = (401,)
+HIDDEN = (403, 404)
+REFUSED_OR_HIDDEN = (401, 403, 404)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A request and the statuses that it may get."""
+
+    route: str
+    host: str
+    path: str
+    who: str
+    statuses: tuple[int, ...]
+
+    @property
+    def label(self) -> str:
+        """How messages call it."""
+        return f"{self.route} ({self.host}{self.path}), {self.who}"
+
+
+def admissions(plan: Plan) -> list[Trial]:
+    """For each route that somebody may use: a request by someone who may."""
+    who = {
+        Access.ANYONE: NOBODY_SIGNED_IN,
+        Access.SIGNED_IN: SIGNED_IN,
+        Access.SIGNED_IN_OR_KEY: SIGNED_IN,
+    }
+    return [_trial(r, who[r.access], (r.status,)) for r in plan.routes if r.access in who]
+
+
+def refusals(plan: Plan) -> list[Trial]:
+    """For each route that somebody may not use: requests by those; and that a key opens its own."""
+    found = []
+    for r in plan.routes:
+        if r.access is Access.NOBODY:
+            found += [
+                _trial(r, NOBODY_SIGNED_IN, REFUSED_OR_HIDDEN),
+                _trial(r, SIGNED_IN, HIDDEN),
+            ]
+        elif r.access is not Access.ANYONE:
+            outsiders = (NOBODY_SIGNED_IN, WRONG_PASSWORD, UNKNOWN_USER, WRONG_KEY)
+            found += [_trial(r, who, REFUSED) for who in outsiders]
+            opens = r.access is Access.SIGNED_IN_OR_KEY
+            found.append(_trial(r, RIGHT_KEY, (r.status,) if opens else REFUSED))
+    return found
+
+
+def _trial(route: Route, who: str, statuses: tuple[int, ...]) -> Trial:
+    host = route.host or web.DEFAULT_HOST
+    return Trial(route.name, host, route.probe, who, statuses)
+
+
+def _headers(target: VerifyTarget, who: str) -> dict[str, str]:
+    user, password = target.ingress_user, target.ingress_password
+    made_up = secrets.token_urlsafe(16)
+    return {
+        NOBODY_SIGNED_IN: {},
+        SIGNED_IN: web.basic(user, password),
+        WRONG_PASSWORD: web.basic(user, made_up),
+        UNKNOWN_USER: web.basic(f"no-{user}", password),
+        RIGHT_KEY: {"x-api-key": target.router_key},
+        WRONG_KEY: {"x-api-key": made_up},
+    }[who]
+
+
+def records(output: str) -> list[dict[str, Any]] | None:
+    """The JSON objects of a probe's output, or None when it is not such."""
+    found = []
+    try:
+        for line in output.splitlines():
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                return None
+            found.append(record)
+    except (ValueError, RecursionError):
+        return None
+    return found or None
+
+
+def _lines(rows: Iterable[Mapping[str, object]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+# --- H1, H2 ----------------------------------------------------------------------------------
+
+
+def _collect_admissions(target: VerifyTarget, deadline: float) -> str:
+    return _lines(_try_all(target, admissions(target.plan), deadline))
+
+
+def _collect_refusals(target: VerifyTarget, deadline: float) -> str:
+    return _lines(_try_all(target, refusals(target.plan), deadline))
+
+
+def _try_all(
+    target: VerifyTarget, trials: Sequence[Trial], deadline: float
+) -> list[dict[str, object]]:
+    context = web.trusting(target.ca_cert)
+    rows: list[dict[str, object]] = []
+    for host in dict.fromkeys(t.host for t in trials):
+        with web.Client(target.endpoint.https_port, host, context, deadline) as client:
+            for t in (t for t in trials if t.host == host):
+                row: dict[str, object] = {"route": t.route, "who": t.who}
+                try:
+                    row["status"] = client.get(t.path, _headers(target, t.who)).status
+                except OSError as e:
+                    row["error"] = web.explain(e)
+                rows.append(row)
+    return rows
+
+
+def judge_trials(trials: Sequence[Trial], output: str, expected: str, remedy: str) -> Judgement:
+    """Every trial was made, and got one of the statuses that it may get."""
+    rows = records(output)
+    if rows is None or not trials:
+        return unreadable(expected, "no record of the requests")
+    seen = {(str(r.get("route")), str(r.get("who"))): r for r in rows}
+    faults = []
+    for t in trials:
+        row = seen.get((t.route, t.who))
+        if row is None:
+            return unreadable(expected, f"no record of the request to {t.label}")
+        status = row.get("status")
+        if not isinstance(status, int):
+            faults.append(f"{t.label}: {row.get('error', 'no answer')}")
+        elif status not in t.statuses:
+            wanted = " or ".join(map(str, t.statuses))
+            faults.append(f"{t.label}: {status}, not {wanted}")
+    return judged(expected, f"{len(trials)} requests, each answered so", faults, remedy)
+
+
+def judge_admissions(subject: Subject, output: str) -> Judgement:
+    """Each route answers those who may use it as its row in the Plan says."""
+    return judge_trials(
+        admissions(subject.plan),
+        output,
+        "each route answers those who may use it",
+        "look at the ingress and at the service behind the route: ravectl logs",
+    )
+
+
+def judge_refusals(subject: Subject, output: str) -> Judgement:
+    """Each route refuses those who may not use it."""
+    return judge_trials(
+        refusals(subject.plan),
+        output,
+        "each route refuses those who may not use it (401, or 403/404 where nobody may)",
+        "take the machine down until this is mended: ravectl down; then render and build anew",
+    )
+
+
+# --- H3 --------------------------------------------------------------------------------------
+
+MISSING_PAGE = "/there-is-no-such-page"
+_VERSION = re.compile(r"\b[a-z][a-z_-]+/\d+\.\d+(?:\.\d+)*", re.IGNORECASE)
+_BODY_KEPT = 4096
+
+
+def _collect_tls(target: VerifyTarget, deadline: float) -> str:
+    port = target.endpoint.https_port
+    context = web.trusting(target.ca_cert)
+    rows: list[dict[str, object]] = []
+    for host in hosts(target.plan):
+        rows += _pages(target, host, context, deadline)
+        rows.append(_try_old_tls(port, host, deadline))
+    rows.append(_try_untrusted(port, deadline))
+    malformed = b"GET / HTTP/1.1\r\nHost: a b\r\nConnection: close\r\n\r\n"
+    rows.append(_raw_page("malformed request", port, malformed, deadline, context))
+    rows.append(_raw_page("plain HTTP", port, b"GET / HTTP/1.0\r\n\r\n", deadline))
+    return _lines(rows)
+
+
+def hosts(plan: Plan) -> list[str]:
+    """Every name that the ingress serves under."""
+    return list(dict.fromkeys(r.host or web.DEFAULT_HOST for r in plan.routes))
+
+
+def _pages(
+    target: VerifyTarget, host: str, context: ssl.SSLContext, deadline: float
+) -> list[dict[str, object]]:
+    """What TLS was agreed on with `host`, and pages that it serves: found, refused, missing."""
+    probes = [r.probe for r in target.plan.routes if (r.host or web.DEFAULT_HOST) == host]
+    wanted = [
+        (probes[0], SIGNED_IN),
+        (probes[0], NOBODY_SIGNED_IN),
+        (MISSING_PAGE, SIGNED_IN),
+    ]
+    rows: list[dict[str, object]] = []
+    with web.Client(target.endpoint.https_port, host, context, deadline) as client:
+        try:
+            rows.append({"try": "trusted", "host": host, "version": client.tls_version})
+            for path, who in wanted:
+                answer = client.get(path, _headers(target, who))
+                body = answer.body[:_BODY_KEPT] if answer.status >= 400 else b""
+                rows.append(
+                    {
+                        "page": f"{host}{path}, {who}",
+                        "status": answer.status,
+                        "headers": dict(answer.headers),
+                        "body": body.decode(errors="replace"),
+                    }
+                )
+        except OSError as e:
+            rows.append({"try": "trusted", "host": host, "error": web.explain(e)})
+    return rows
+
+
+def _try_old_tls(port: int, host: str, deadline: float) -> dict[str, object]:
+    """Offer TLS 1.0 to 1.2 in one handshake; the server would take the newest that it speaks."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    # OpenSSL offers the old versions, with their hashes, only at its lowest security level
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    row: dict[str, object] = {"try": "old", "host": host}
+    try:
+        with web.handshake(port, host, context, deadline) as sock:
+            row["version"] = sock.version()
+    except ssl.SSLError as e:
+        # only an alert comes from the server; other errors are our own library's
+        row["refused" if "ALERT" in (e.reason or "") else "error"] = e.reason or "unknown"
+    except OSError as e:
+        row["error"] = web.explain(e)
+    return row
+
+
+def _try_untrusted(port: int, deadline: float) -> dict[str, object]:
+    """Hold the server's chain against a store that holds no CA at all."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    row: dict[str, object] = {"try": "untrusted"}
+    try:
+        with web.handshake(port, web.DEFAULT_HOST, context, deadline) as sock:
+            row["version"] = sock.version()
+    except ssl.SSLCertVerificationError as e:
+        row["refused"] = e.verify_message
+    except OSError as e:
+        row["error"] = web.explain(e)
+    return row
+
+
+def _raw_page(
+    name: str, port: int, request: bytes, deadline: float, context: ssl.SSLContext | None = None
+) -> dict[str, object]:
+    """The first bytes that the server answers to a request that is wrong."""
+    row: dict[str, object] = {"raw": name}
+    try:
+        sock: socket.socket = (
+            web.handshake(port, web.DEFAULT_HOST, context, deadline)
+            if context
+            else web.connect(port, deadline)
+        )
+        with sock:
+            sock.settimeout(5.0)
+            sock.sendall(request)
+            row["text"] = _read_some(sock, deadline).decode(errors="replace")
+    except OSError as e:
+        row["error"] = web.explain(e)
+    return row
+
+
+def _read_some(sock: socket.socket, deadline: float) -> bytes:
+    data = b""
+    # a server may cut the connection when it has said what it had to say, or nothing
+    with contextlib.suppress(ConnectionResetError, ssl.SSLEOFError):
+        while len(data) < _BODY_KEPT and time.monotonic() < deadline:
+            chunk = sock.recv(_BODY_KEPT)
+            if not chunk:
+                break
+            data += chunk
+    return data
+
+
+def judge_tls(subject: Subject, output: str) -> Judgement:
+    """TLS 1.3 alone, the workspace's CA, security headers on every page, no versions shown."""
+    expected = (
+        "TLS 1.3 only, a chain to the workspace's CA and to no other, security headers on "
+        "every page, no versions shown"
+    )
+    rows, names = records(output), hosts(subject.plan)
+    if rows is None or not names:
+        return unreadable(expected, "no record of the handshakes")
+    faults: list[str] = []
+    for host in names:
+        trusted = [r for r in rows if r.get("try") == "trusted" and r.get("host") == host]
+        old = [r for r in rows if r.get("try") == "old" and r.get("host") == host]
+        if not trusted or len(old) != 1:
+            return unreadable(expected, f"no record of the handshakes with {host}")
+        if (open_question := _unproven(old[0])) is not None:
+            return unreadable(expected, f"old TLS could not be tried with {host}: {open_question}")
+        faults += [f for r in trusted for f in _trusted_faults(host, r)]
+        if "version" in old[0]:
+            faults.append(f"{host} speaks {old[0]['version']}")
+    untrusted = [r for r in rows if r.get("try") == "untrusted"]
+    if len(untrusted) != 1 or _unproven(untrusted[0]) is not None:
+        return unreadable(expected, "the chain could not be held against an empty store")
+    if "version" in untrusted[0]:
+        faults.append("the chain is accepted without the workspace's CA")
+    pages = [r for r in rows if "page" in r]
+    raw = [r for r in rows if "raw" in r]
+    if not faults and (len(pages) != 3 * len(names) or len(raw) != 2):
+        return unreadable(expected, "no record of the pages")
+    faults += [f for r in pages for f in page_faults(r)]
+    faults += [f for r in raw for f in _raw_faults(r)]
+    return judged(
+        expected,
+        f"so on {len(names)} hosts and {len(pages) + len(raw)} pages",
+        faults,
+        "mend the ingress's configuration, then: ravectl build, ravectl up",
+    )
+
+
+def _unproven(row: Mapping[str, Any]) -> str | None:
+    """Why a handshake that should be refused proved nothing, or None."""
+    if "version" in row or isinstance(row.get("refused"), str):
+        return None
+    return str(row.get("error", "no record"))
+
+
+def _trusted_faults(host: str, row: Mapping[str, Any]) -> list[str]:
+    if "error" in row:
+        return [f"{host}: {row['error']}"]
+    version = row.get("version")
+    return [] if version == "TLSv1.3" else [f"{host} agreed on {version}"]
+
+
+def page_faults(row: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the headers of a page, and what it shows of versions."""
+    name, headers = str(row.get("page")), row.get("headers")
+    if not isinstance(headers, dict):
+        return [f"{name}: no headers"]
+    h = {str(k).lower(): str(v) for k, v in headers.items()}
+    csp = h.get("content-security-policy", "").lower()
+    framing = _each(h.get("x-frame-options", ""), ("deny", "sameorigin"))
+    rows = (
+        ("strict-transport-security", _lasting(h.get("strict-transport-security", ""))),
+        ("x-content-type-options", _each(h.get("x-content-type-options", ""), ("nosniff",))),
+        ("x-frame-options", framing or "frame-ancestors" in csp),
+        ("referrer-policy", h.get("referrer-policy", "").lower() not in ("", "unsafe-url")),
+        ("content-security-policy", "-src" in csp or "frame-ancestors" in csp),
+    )
+    faults = [f"{name}: no good {header}" for header, good in rows if not good]
+    for header in ("server", "x-powered-by", "via"):
+        if re.search(r"\d", h.get(header, "")) or (header == "x-powered-by" and header in h):
+            faults.append(f"{name}: {header} shows {h[header]!r}")
+    faults += [f"{name}: shows {v}" for v in _versions(str(row.get("body", "")))]
+    return faults
+
+
+def _each(header: str, allowed: tuple[str, ...]) -> bool:
+    """Whether each value of a header, which may have come twice, is allowed."""
+    return all(value.strip().lower() in allowed for value in header.split(","))
+
+
+def _lasting(hsts: str) -> bool:
+    age = re.search(r"max-age=\"?([0-9]{1,12})", hsts, re.IGNORECASE)
+    return age is not None and int(age[1]) > 0
+
+
+def _versions(body: str) -> list[str]:
+    # error pages are short and name their server in the foot: <center>nginx/1.26.3</center>
+    return _VERSION.findall(re.sub(r"HTTP/\d(\.\d)?", "", body))[:3]
+
+
+def _raw_faults(row: Mapping[str, Any]) -> list[str]:
+    name, text = row["raw"], row.get("text")
+    if not isinstance(text, str):
+        return [f"{name}: {row.get('error', 'no answer')}"]
+    return [f"{name}: the answer shows {v}" for v in _versions(text)]
+
+
+# --- H4 --------------------------------------------------------------------------------------
+
+
+def _collect_times(target: VerifyTarget, deadline: float) -> str:
+    trials = [t for t in admissions(target.plan) if t.statuses[0] < 400]
+    return _lines(_time_route(target, t, deadline) for t in trials)
+
+
+def _time_route(target: VerifyTarget, trial: Trial, deadline: float) -> dict[str, object]:
+    """Ask one route REQUESTS times over CONNECTIONS kept-alive connections."""
+    context = web.trusting(target.ca_cert)
+    headers = _headers(target, trial.who)
+    times: list[float] = []
+    unexpected: Counter[str] = Counter()
+
+    def worker() -> None:
+        with web.Client(target.endpoint.https_port, trial.host, context, deadline) as client:
+            for _ in range(REQUESTS // CONNECTIONS):
+                try:
+                    answer = client.get(trial.path, headers)
+                except OSError as e:
+                    unexpected[web.explain(e)] += 1
+                    return
+                times.append(round(answer.seconds * 1000, 1))
+                if answer.status not in trial.statuses:
+                    unexpected[str(answer.status)] += 1
+
+    threads = [threading.Thread(target=worker, daemon=True) for _ in range(CONNECTIONS)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    return {"route": trial.route, "unexpected": dict(unexpected), "ms": times}
+
+
+def nearest_rank(values: Sequence[float], percent: float) -> float:
+    """The percentile of `values` by nearest rank: always one of them."""
+    ordered = sorted(values)
+    return ordered[max(math.ceil(len(ordered) * percent / 100), 1) - 1]
+
+
+def judge_times(subject: Subject, output: str) -> Judgement:
+    """The 99th percentile of the response times of each route is below P99_MS."""
+    expected = f"p99 < {P99_MS:.0f} ms over {REQUESTS} requests on each route"
+    routes = [t.route for t in admissions(subject.plan) if t.statuses[0] < 400]
+    rows = records(output)
+    if rows is None or not routes:
+        return unreadable(expected, "no record of the requests")
+    faults, seen = [], []
+    for route in routes:
+        row = next((r for r in rows if r.get("route") == route), {})
+        times, unexpected = row.get("ms"), row.get("unexpected")
+        if not isinstance(unexpected, dict) or not _are_times(times):
+            return unreadable(expected, f"no record of the requests to {route}")
+        faults += [f"{route}: {n} times {what}" for what, n in unexpected.items()]
+        if len(times) < REQUESTS:
+            faults.append(f"{route}: {len(times)} of {REQUESTS} requests answered in time")
+        if times:
+            p99 = nearest_rank(times, 99)
+            seen.append(f"{route} {p99:.0f} ms")
+            if p99 >= P99_MS:
+                faults.append(f"{route}: p99 is {p99:.0f} ms")
+    remedy = "see what the machine is busy with: ravectl ssh -- top; or give it more CPUs"
+    return judged(expected, ", ".join(seen), faults, remedy)
+
+
+def _are_times(value: object) -> TypeGuard[list[float]]:
+    return isinstance(value, list) and all(
+        isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in value
+    )
+
+
+CHECKS = (
+    Check(
+        "H1", Suite.HTTP, "every route answers those who may use it",
+        Probe("admissions", _collect_admissions, 30.0), judge_admissions,
+    ),
+    Check(
+        "H2", Suite.HTTP, "every route refuses those who may not",
+        Probe("refusals", _collect_refusals, 30.0), judge_refusals,
+    ),
+    Check(
+        "H3", Suite.HTTP, "TLS 1.3 only, own CA, security headers, no versions",
+        Probe("tls", _collect_tls, 30.0), judge_tls,
+    ),
+    Check(
+        "H4", Suite.HTTP, "p99 below 200 ms on every route",
+        Probe("response-times", _collect_times, 90.0, alone=True), judge_times,
+    ),
+)  # fmt: skip

@@ -1,0 +1,271 @@
+"""Checks of the suite `security`: who SSH lets in, and what listens to the outside."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ravectl.model import Suite
+from ravectl.verify import firewall, guest, listeners, sshprobe
+from ravectl.verify.framework import (
+    Check,
+    Judgement,
+    Probe,
+    Subject,
+    VerifyTarget,
+    judged,
+    unreadable,
+)
+
+MAX_AUTH_TRIES = 4
+
+# ssh-audit's hardening guide and Mozilla's modern profile, without the NIST curves and with
+# the post-quantum exchanges of OpenSSH 9 and 10.
+KEX = frozenset({
+    "mlkem768x25519-sha256", "sntrup761x25519-sha512", "sntrup761x25519-sha512@openssh.com",
+    "curve25519-sha256", "curve25519-sha256@libssh.org", "diffie-hellman-group16-sha512",
+    "diffie-hellman-group18-sha512", "diffie-hellman-group-exchange-sha256",
+})  # fmt: skip
+# not exchanges but signals (RFC 8308; OpenSSH's PROTOCOL, 1.10)
+KEX_SIGNALS = frozenset({"ext-info-s", "kex-strict-s-v00@openssh.com"})
+CIPHERS = frozenset({
+    "chacha20-poly1305@openssh.com", "aes256-gcm@openssh.com", "aes128-gcm@openssh.com",
+    "aes256-ctr", "aes192-ctr", "aes128-ctr",
+})  # fmt: skip
+MACS = frozenset({
+    "hmac-sha2-512-etm@openssh.com", "hmac-sha2-256-etm@openssh.com",
+    "umac-128-etm@openssh.com",
+})  # fmt: skip
+HOST_KEYS = frozenset({
+    "ssh-ed25519", "ssh-ed25519-cert-v01@openssh.com", "sk-ssh-ed25519@openssh.com",
+    "sk-ssh-ed25519-cert-v01@openssh.com", "rsa-sha2-512", "rsa-sha2-256",
+    "rsa-sha2-512-cert-v01@openssh.com", "rsa-sha2-256-cert-v01@openssh.com",
+})  # fmt: skip
+
+MUST_BE = {
+    "pubkeyauthentication": ("yes",),
+    "passwordauthentication": ("no",),
+    "kbdinteractiveauthentication": ("no",),
+    "permitemptypasswords": ("no",),
+    "permitrootlogin": ("no",),
+    "hostbasedauthentication": ("no",),
+    "gssapiauthentication": ("no",),
+    "authenticationmethods": ("any", "publickey"),
+}
+OPTIONAL = {"gssapiauthentication"}  # builds without GSSAPI do not print it
+MODERN = {
+    "kexalgorithms": KEX,
+    "ciphers": CIPHERS,
+    "macs": MACS,
+    "hostkeyalgorithms": HOST_KEYS,
+}
+OFFERED = {
+    "kexalgorithms": KEX | KEX_SIGNALS,
+    "hostkeyalgorithms": HOST_KEYS,
+    "ciphers-in": CIPHERS,
+    "ciphers-out": CIPHERS,
+    "macs-in": MACS,
+    "macs-out": MACS,
+}
+
+# -T prints what sshd would do with its configuration file, so the file must be the one that
+# the running daemon was given.
+SSHD_SCRIPT = """\
+pid=$(systemctl show -p MainPID --value -- %(unit)s)
+exe=$(readlink "/proc/$pid/exe") || exe=$(command -v sshd || echo /usr/sbin/sshd)
+file=()
+title=$(tr '\\0' ' ' <"/proc/$pid/cmdline")
+[[ $title =~ \\ -f\\ *([^ ]+) ]] && file=(-f "${BASH_REMATCH[1]}")
+echo '== sshd =='
+"$exe" -T "${file[@]}" -C user=%(user)s,host=x,addr=10.0.2.2 2>&1
+"""
+
+
+def sshd_script(subject: Subject) -> str:
+    """The script that prints sshd's effective configuration for the operator."""
+    unit = subject.units().get("ssh", "ssh.service")
+    return SSHD_SCRIPT % {"unit": unit, "user": subject.plan.operator}
+
+
+def _collect_sshd(target: VerifyTarget, deadline: float) -> str:
+    output = guest.run_script(target, sshd_script(target.subject), deadline, root=True)
+    login = target.connection.target
+
+    def left() -> float:
+        return max(deadline - time.monotonic(), 1.0)
+
+    rows = sshprobe.try_password(login, target.plan.operator, left())
+    rows += sshprobe.try_key(login, "root", left())[1:]
+    tries = "".join(json.dumps(row) + "\n" for row in rows)
+    return output.removesuffix(f"{guest.END}\n") + f"== tries ==\n{tries}{guest.END}\n"
+
+
+def judge_sshd(subject: Subject, output: str) -> Judgement:
+    """sshd takes keys only and modern algorithms only, and refused a password and root."""
+    expected = "keys only, no root login, modern algorithms; a password and root are refused"
+    parts = guest.sections(output)
+    if parts is None or not {"sshd", "tries"} <= parts.keys():
+        return unreadable(expected, "sshd's configuration or the logins tried are missing")
+    settings = {k.lower(): v for k, _, v in (x.partition(" ") for x in parts["sshd"].splitlines())}
+    if "passwordauthentication" not in settings:
+        return unreadable(expected, f"sshd -T did not print its settings: {parts['sshd'][:200]}")
+    rows = _json_rows(parts["tries"])
+    offer = next((r["offer"] for r in rows if isinstance(r.get("offer"), dict)), None)
+    password = _try(rows, "password", subject.plan.operator)
+    root = _try(rows, "key", "root")
+    if offer is None or password is None or root is None:
+        return unreadable(expected, _why_no_try(rows))
+    faults = setting_faults(settings)
+    faults += [f"sshd offers {f}" for f in _algorithm_faults(offer, OFFERED)]
+    if password["outcome"] != "refused" or password.get("methods") != ["publickey"]:
+        faults.append(f"a password login: {password['outcome']}, methods {password.get('methods')}")
+    if root["outcome"] != "refused":
+        faults.append("root was let in with the operator's key")
+    return judged(
+        expected,
+        "so configured and so offered; a password and root were tried and refused",
+        faults,
+        "mend sshd's configuration in the rendered tree, then: ravectl build, ravectl up",
+    )
+
+
+def setting_faults(settings: Mapping[str, str]) -> list[str]:
+    """Where sshd's effective settings are not what they must be."""
+    faults = []
+    for name, allowed in MUST_BE.items():
+        value = settings.get(name)
+        if value not in allowed and not (value is None and name in OPTIONAL):
+            faults.append(f"{name} is {value or 'not set'}")
+    tries = guest.number(settings.get("maxauthtries"))
+    if tries is None or not 1 <= tries <= MAX_AUTH_TRIES:
+        faults.append(f"maxauthtries is {settings.get('maxauthtries', 'not set')}")
+    lists = {name: settings.get(name, "").split(",") for name in MODERN}
+    return faults + [f"sshd is set to {f}" for f in _algorithm_faults(lists, MODERN)]
+
+
+def _algorithm_faults(lists: Mapping[str, Any], modern: Mapping[str, frozenset[str]]) -> list[str]:
+    faults = []
+    for name, allowed in modern.items():
+        algorithms = lists.get(name)
+        if not isinstance(algorithms, list) or not any(algorithms):
+            faults.append(f"no {name}")
+            continue
+        faults += [f"{a} ({name})" for a in algorithms if a not in allowed]
+    return faults
+
+
+def _json_rows(text: str) -> list[dict[str, Any]]:
+    rows = []
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def _try(rows: Sequence[Mapping[str, Any]], how: str, user: str) -> Mapping[str, Any] | None:
+    """The record of a login that reached our machine and was answered."""
+    for row in rows:
+        answered = row.get("host_key") == "pinned" and isinstance(row.get("outcome"), str)
+        if row.get("try") == how and row.get("user") == user and answered:
+            return row
+    return None
+
+
+def _why_no_try(rows: Sequence[Mapping[str, Any]]) -> str:
+    errors = [str(r["error"]) for r in rows if "error" in r]
+    if any(r.get("host_key") == "other" for r in rows):
+        return "the SSH port is answered with another host key"
+    return f"a login could not be tried: {errors[0]}" if errors else "no record of the logins"
+
+
+# --- X2 --------------------------------------------------------------------------------------
+
+BORDER_SCRIPT = """\
+echo '== listeners =='
+ss -Hltnup
+echo '== firewall =='
+nft -j list ruleset
+echo
+echo '== outer =='
+while read -r _ _ _ address _; do
+  address=${address%%/*}
+  for port in %(ports)s; do
+    if (: <>"/dev/tcp/$address/$port") 2>/dev/null; then
+      echo "$address $port open"
+    else
+      echo "$address $port closed"
+    fi
+  done
+done < <(ip -o -4 addr show scope global)
+"""
+
+
+def border_script(subject: Subject) -> str:
+    """The script that shows what listens, what the firewall lets in, and what answers."""
+    plan = subject.plan
+    ports = sorted({*plan.listeners(), *plan.network.open_ports})
+    return BORDER_SCRIPT.replace("%%", "%").replace("%(ports)s", " ".join(map(str, ports)))
+
+
+def _collect_border(target: VerifyTarget, deadline: float) -> str:
+    return guest.run_script(target, border_script(target.subject), deadline, root=True)
+
+
+def judge_border(subject: Subject, output: str) -> Judgement:
+    """Only the open ports listen to the outside, and the firewall lets in nothing else."""
+    ports = subject.plan.network.open_ports
+    named = " and ".join(map(str, ports))
+    expected = f"only {named} answer from outside; all else is on loopback and of the Plan"
+    parts = guest.sections(output)
+    if parts is None or not {"listeners", "firewall", "outer"} <= parts.keys():
+        return unreadable(expected, "the listeners or the firewall are missing")
+    sockets = listeners.parse(parts["listeners"])
+    if not sockets:
+        return unreadable(expected, "the list of listeners cannot be read")
+    rules = firewall.parse(parts["firewall"])
+    if rules is None:
+        return unreadable(expected, "the firewall's rules cannot be read")
+    answers = _outer(parts["outer"])
+    if not answers:
+        return unreadable(expected, "the machine's outer address could not be tried")
+    faults = listeners.faults(sockets, ports, subject.plan.listeners())
+    faults += firewall.faults(rules, ports)
+    for address, port, is_open in answers:
+        if is_open != (port in ports):
+            faults.append(f"{address}:{port} {'answers' if is_open else 'does not answer'}")
+    return judged(
+        expected,
+        f"{len(sockets)} listeners, {named} open, the firewall drops the rest",
+        faults,
+        "stop what listens, or give it a place in the profile and build the machine anew",
+    )
+
+
+def _outer(text: str) -> list[tuple[str, int, bool]]:
+    """What connecting to the machine's own outer address gave; empty when it is not readable."""
+    found = []
+    for line in text.splitlines():
+        words = line.split()
+        port = guest.number(words[1]) if len(words) == 3 else None
+        if port is None or words[2] not in ("open", "closed"):
+            return []
+        found.append((words[0], port, words[2] == "open"))
+    return found
+
+
+CHECKS = (
+    Check(
+        "X1", Suite.SECURITY, "SSH takes keys only, never root, modern algorithms only",
+        Probe("sshd", _collect_sshd, 30.0), judge_sshd,
+    ),
+    Check(
+        "X2", Suite.SECURITY, "only the open ports can be reached from outside",
+        Probe("border", _collect_border, 20.0), judge_border,
+    ),
+)  # fmt: skip

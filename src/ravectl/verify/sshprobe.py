@@ -1,0 +1,130 @@
+"""What a stranger learns from the machine's SSH server, and that it lets none in.
+
+The algorithms are read from the server's own KEXINIT packet (RFC 4253, 7.1), so they are those
+of the daemon that runs, whatever its configuration file says by now.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import socket
+import struct
+from typing import Any
+
+import paramiko
+
+from ravectl.ssh import HOST, Target
+
+KEXINIT = 20
+NAME_LISTS = (
+    "kexalgorithms", "hostkeyalgorithms", "ciphers-in", "ciphers-out", "macs-in", "macs-out",
+)  # fmt: skip
+_KEPT = 65536
+
+
+class _Recording:
+    """A socket that keeps the first bytes it receives: paramiko does not show the KEXINIT."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self.received = b""
+
+    def recv(self, size: int) -> bytes:
+        data = self._sock.recv(size)
+        if len(self.received) < _KEPT:
+            self.received += data
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+
+def offered(received: bytes) -> dict[str, list[str]] | None:
+    """The algorithms that a server offers, from the first bytes it sent; None: not SSH."""
+    rest = received
+    for _ in range(10):  # lines may come before the version (RFC 4253, 4.2)
+        line, newline, rest = rest.partition(b"\n")
+        if not newline:
+            return None
+        if line.startswith(b"SSH-"):
+            break
+    else:
+        return None
+    try:
+        length, padding, kind = struct.unpack_from(">IBB", rest)
+        body = rest[6 : 4 + length - padding]
+        if kind != KEXINIT or len(rest) < 4 + length:
+            return None
+        lists, at = [], 16  # after the cookie
+        for _ in NAME_LISTS:
+            (size,) = struct.unpack_from(">I", body, at)
+            if at + 4 + size > len(body):
+                return None
+            lists.append(body[at + 4 : at + 4 + size].decode("ascii").split(","))
+            at += 4 + size
+    except (struct.error, UnicodeDecodeError):
+        return None
+    return dict(zip(NAME_LISTS, lists, strict=True))
+
+
+def try_password(target: Target, user: str, timeout: float) -> list[dict[str, object]]:
+    """Try to log in with a password that is not one: records of the offer and of the answer."""
+
+    def attempt(transport: paramiko.Transport) -> list[str]:
+        # `none` asks which methods there are (RFC 4252, 5.2) and is not held against us
+        methods = _methods(transport.auth_none, user)
+        return methods and _methods(
+            transport.auth_password, user, secrets.token_urlsafe(16), None, False
+        )
+
+    return _attempt(target, "password", user, attempt, timeout)
+
+
+def try_key(target: Target, user: str, timeout: float) -> list[dict[str, object]]:
+    """Try to log in as `user` with the operator's key."""
+
+    def attempt(transport: paramiko.Transport) -> list[str]:
+        key = paramiko.Ed25519Key.from_private_key_file(str(target.key_file))
+        methods = _methods(transport.auth_none, user)
+        return methods and _methods(transport.auth_publickey, user, key)
+
+    return _attempt(target, "key", user, attempt, timeout)
+
+
+def _methods(authenticate: Any, *arguments: object) -> list[str]:
+    """The methods that the server names when it refuses; none when it lets us in."""
+    try:
+        left = authenticate(*arguments)
+    except paramiko.BadAuthenticationType as e:
+        return sorted(e.allowed_types)
+    except paramiko.AuthenticationException:
+        return ["publickey"]  # the method tried is one of the server's, and it said no
+    return sorted(left)
+
+
+def _attempt(
+    target: Target, how: str, user: str, attempt: Any, timeout: float
+) -> list[dict[str, object]]:
+    row: dict[str, object] = {"try": how, "user": user}
+    offer: dict[str, object] = {"offer": None}
+    sock = _Recording(socket.create_connection((HOST, target.port), timeout=timeout))
+    transport = paramiko.Transport(sock)  # type: ignore[arg-type]
+    try:
+        transport.banner_timeout = transport.auth_timeout = timeout
+        transport.start_client(timeout=timeout)
+        offer["offer"] = offered(sock.received)
+        seen = transport.get_remote_server_key()
+        pinned = f"{seen.get_name()} {seen.get_base64()}" == " ".join(target.host_key.split()[:2])
+        row["host_key"] = "pinned" if pinned else "other"
+        if pinned:
+            methods = attempt(transport)
+            row["outcome"] = "let in" if transport.is_authenticated() else "refused"
+            row["methods"] = methods
+    except (paramiko.SSHException, OSError, EOFError) as e:
+        row["error"] = str(e) or type(e).__name__
+    finally:
+        with contextlib.suppress(Exception):
+            transport.close()
+        sock.close()
+    return [offer, row]
