@@ -30,7 +30,7 @@ from ravectl.errors import HostError, RavectlError
 from ravectl.model import Account, ImageFormat
 
 SUITE = "trixie"
-RECIPE = 2  # raise it when this module makes another base from the same inputs
+RECIPE = 3  # raise it when this module makes another base from the same inputs
 # Newer time stamps are set to this one: 2026-01-01, before which every package of a point
 # release that matters here was built, so that most keep their own.
 EPOCH = 1767225600
@@ -376,7 +376,7 @@ FORGET = (
     "boot/*", "initrd.img*", "vmlinuz*",
     "usr/share/doc/*", "var/cache/apt/*", "var/cache/debconf/*-old", "var/cache/ldconfig/*",
     "var/lib/apt/lists/*", "var/lib/dbus/machine-id", "var/lib/systemd/random-seed",
-    "var/lib/systemd/catalog/database", "var/lib/dpkg/*-old", "var/log/*", "tmp/*", "run/*",
+    "var/lib/systemd/catalog/database", "var/lib/dpkg/*-old", "tmp/*", "run/*",
 )  # fmt: skip
 
 
@@ -387,7 +387,11 @@ def _forget_the_build(root: Path) -> None:
                 files.remove_tree(path)
             else:
                 path.unlink()
-    (root / "var/log/journal").mkdir(mode=0o2755)
+    # services expect their folders below /var/log, with their owners
+    for path in (root / "var/log").rglob("*"):
+        if not path.is_dir():
+            path.unlink()
+    (root / "var/log/journal").mkdir(mode=0o2755, exist_ok=True)
 
 
 def make_filesystem(root: Path, raw: Path, disk_gb: int, name: str) -> None:
