@@ -105,9 +105,7 @@ def profiles(draw: st.DrawFn) -> dict[str, Any]:
             "metrics_size": draw(amount(64, min(2**20, disk * 512), "MB")),
             "critical_metrics": draw(amount(1, 521, "weeks")),
             "events": draw(amount(1, 3650, "days")),
-            "backups": draw(
-                amount(24, 87600 // 24 * 24, "h").filter(lambda t: int(t[:-2]) % 24 == 0)
-            ),
+            "backups": draw(st.integers(1, 3650).map(lambda days: f"{24 * days} h")),
             "backup_every": draw(amount(1, 1440, "min")),
         },
         "router": {
@@ -135,7 +133,7 @@ def test_any_valid_profile_renders_twice_to_the_same_bytes(written: dict[str, An
     assert tree == rendered(plan_of(written))
     paths = [f.path for f in tree.files]
     assert paths == sorted(set(paths))
-    assert not any("@PLAN" in f.content or "{{" in f.content for f in tree.files)
+    assert not any("{{" in f.content or "{%" in f.content for f in tree.files)
 
 
 @pytest.mark.parametrize("name", SHIPPED_NAMES)

@@ -509,3 +509,41 @@ def get(section: Any, at: tuple[str, ...]) -> Any:
     for key in at:
         section = section[key]
     return section
+
+
+# --- the reference ------------------------------------------------------------------------------
+
+REFERENCE = (Path(__file__).resolve().parents[2] / "docs" / "profiles.md").read_text()
+ROWS = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in REFERENCE.splitlines()
+    if line.startswith("| ")
+]
+
+
+@pytest.mark.parametrize("column", [2, 3])
+def test_reference_has_every_key_with_its_default(column: int) -> None:
+    name = profile.shipped()[column - 2]
+    written = yaml.safe_load((files.find_data("profiles") / f"{name}.yaml").read_text())
+    services = written.pop("services")
+    expected = {f"`{'.'.join(at)}`": get(written, at) for at in leaves(written)}
+    expected.pop("`router.providers`")
+    rows = {row[0]: row for row in ROWS}
+    seen = {key: yaml.safe_load(rows[key][column].strip("`")) for key in expected}
+    assert seen == expected
+    for service, limits in services.items():
+        cell = rows[f"`{service}`"][column - 1]
+        assert cell == ", ".join(str(value) for value in limits.values()), service
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if ":2: " in r[1]], ids=lambda r: r[0][:30])
+def test_reference_shows_errors_as_they_are(tmp_path: Path, row: list[str]) -> None:
+    text, cause, remedy = (cell.strip("`") for cell in row)
+    e = error(tmp_path, f"extends: safe\n{text}\n")
+    assert e.message == f"{tmp_path}/{cause}"
+    assert e.hint == remedy
+
+
+@pytest.mark.parametrize("example", REFERENCE.split("```yaml\n")[1:], ids=["extend", "providers"])
+def test_examples_of_the_reference_are_valid(tmp_path: Path, example: str) -> None:
+    assert outcome(workspace(tmp_path, example.split("```", maxsplit=1)[0]))
