@@ -1,0 +1,111 @@
+"""A workspace: the folder that a person works in, and where ravectl keeps what is its own.
+
+rave.yaml            the person's profile, if there is one
+.rave/ca/            the certificate authority that the workspace's machines are signed by
+.rave/ssh/           the operator's key
+.rave/instances/N/   everything of the instance N
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ravectl import files
+from ravectl.errors import RavectlError, UsageError
+
+PROFILE_FILE = "rave.yaml"
+STATE_DIR = ".rave"
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A workspace by its folder; nothing is made before `prepare`."""
+
+    root: Path
+
+    @property
+    def state(self) -> Path:
+        """The folder of everything that ravectl keeps for this workspace."""
+        return self.root / STATE_DIR
+
+    @property
+    def profile_file(self) -> Path | None:
+        """The workspace's own profile, None when it has none."""
+        path = self.root / PROFILE_FILE
+        return path if path.is_file() else None
+
+    @property
+    def ca_dir(self) -> Path:
+        """Where the certificate authority is kept."""
+        return self.state / "ca"
+
+    @property
+    def ssh_dir(self) -> Path:
+        """Where the operator's SSH key is kept."""
+        return self.state / "ssh"
+
+    @property
+    def instances_dir(self) -> Path:
+        """Where each instance has its folder."""
+        return self.state / "instances"
+
+    def instance_dir(self, name: str) -> Path:
+        """The folder of the instance `name`; raises UsageError when that is no valid name."""
+        if not _NAME.fullmatch(name):
+            raise UsageError(
+                f"{name!r} cannot be the name of an instance",
+                "use 1 to 32 small letters, digits and hyphens, with no hyphen at either end",
+            )
+        return self.instances_dir / name
+
+    def prepare(self) -> Workspace:
+        """Make the state folder, private and ignored by git; raises HostError if that fails."""
+        files.make_private_dir(self.state)
+        ignore = self.state / ".gitignore"
+        if not ignore.exists():
+            files.write_atomic(ignore, "*\n", files.PRIVATE_FILE)
+        return self
+
+
+def find(start: Path | None = None, override: Path | None = None) -> Workspace:
+    """The workspace of `override` if given, else the one that `start` lies in.
+
+    That is the nearest folder, from `start` (default: the current folder) upwards, that holds
+    rave.yaml or .rave/; without one it is `start` itself. Raises UsageError when `override`
+    is no folder, RavectlError when the current folder is gone.
+    """
+    if override is not None:
+        root = override.expanduser().absolute()
+        if not root.is_dir():
+            raise UsageError(f"there is no folder {root}", f"make it: mkdir -p '{root}'")
+        return Workspace(root)
+    here = (start or _current_folder()).absolute()
+    for folder in (here, *here.parents):
+        if _is_workspace(folder, here):
+            return Workspace(folder)
+    return Workspace(here)
+
+
+def _current_folder() -> Path:
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        raise RavectlError(
+            "the current folder has been deleted", "go to another one, as by: cd"
+        ) from None
+
+
+def _is_workspace(folder: Path, here: Path) -> bool:
+    # what others left above (/tmp/rave.yaml) must not decide what we build and run as whom
+    with contextlib.suppress(OSError):
+        ours = {os.geteuid(), here.stat().st_uid}
+        profile, state = folder / PROFILE_FILE, folder / STATE_DIR
+        if profile.is_file() and profile.stat().st_uid in ours:
+            return True
+        return state.is_dir() and state.stat().st_uid in ours
+    return False
