@@ -119,13 +119,15 @@ def judge_sshd(subject: Subject, output: str) -> Judgement:
         return unreadable(expected, _why_no_try(rows))
     faults = setting_faults(settings)
     faults += [f"sshd offers {f}" for f in _algorithm_faults(offer, OFFERED)]
-    if password["outcome"] != "refused" or password.get("methods") != ["publickey"]:
+    if password["outcome"] != sshprobe.REFUSED or password.get("methods") != ["publickey"]:
         faults.append(f"a password login: {password['outcome']}, methods {password.get('methods')}")
-    if root["outcome"] != "refused":
+    elif password.get("key") != sshprobe.LET_IN:
+        faults.append(f"the operator's key is {password.get('key')}")
+    if root["outcome"] != sshprobe.REFUSED:
         faults.append("root was let in with the operator's key")
     return judged(
         expected,
-        "so configured and so offered; a password and root were tried and refused",
+        "so configured and so offered; a password and root were refused, the key let in",
         faults,
         "mend sshd's configuration in the rendered tree, then: ravectl build, ravectl up",
     )
@@ -171,8 +173,9 @@ def _json_rows(text: str) -> list[dict[str, Any]]:
 def _try(rows: Sequence[Mapping[str, Any]], how: str, user: str) -> Mapping[str, Any] | None:
     """The record of a login that reached our machine and was answered."""
     for row in rows:
-        answered = row.get("host_key") == "pinned" and isinstance(row.get("outcome"), str)
-        if row.get("try") == how and row.get("user") == user and answered:
+        answered = isinstance(row.get("outcome"), str) and "error" not in row
+        pinned = row.get("host_key") == "pinned"
+        if row.get("try") == how and row.get("user") == user and pinned and answered:
             return row
     return None
 

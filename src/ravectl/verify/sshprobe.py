@@ -10,6 +10,7 @@ import contextlib
 import secrets
 import socket
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import paramiko
@@ -20,6 +21,8 @@ KEXINIT = 20
 NAME_LISTS = (
     "kexalgorithms", "hostkeyalgorithms", "ciphers-in", "ciphers-out", "macs-in", "macs-out",
 )  # fmt: skip
+REFUSED, LET_IN = "refused", "let in"
+LOCKED_OUT = "sshd refuses this host for some seconds, as it does after failed logins"
 _KEPT = 65536
 
 
@@ -69,14 +72,18 @@ def offered(received: bytes) -> dict[str, list[str]] | None:
 
 
 def try_password(target: Target, user: str, timeout: float) -> list[dict[str, object]]:
-    """Try to log in with a password that is not one: records of the offer and of the answer."""
+    """Try a password that is not one, then the key: records of the offer and of the answer.
 
-    def attempt(transport: paramiko.Transport) -> list[str]:
-        # `none` asks which methods there are (RFC 4252, 5.2) and is not held against us
-        methods = _methods(transport.auth_none, user)
-        return methods and _methods(
-            transport.auth_password, user, secrets.token_urlsafe(16), None, False
-        )
+    The key comes last because sshd locks out, for a while, the address of a connection that
+    ends with nothing but failures (PerSourcePenalties), and all hosts look the same to a guest.
+    """
+
+    def attempt(transport: paramiko.Transport, row: dict[str, object]) -> None:
+        row["methods"] = _methods(transport, user)
+        password = secrets.token_urlsafe(16)
+        row["outcome"] = _answer(transport.auth_password, user, password, None, False)
+        if row["outcome"] == REFUSED:
+            row["key"] = _answer(transport.auth_publickey, user, _key(target))
 
     return _attempt(target, "password", user, attempt, timeout)
 
@@ -84,27 +91,49 @@ def try_password(target: Target, user: str, timeout: float) -> list[dict[str, ob
 def try_key(target: Target, user: str, timeout: float) -> list[dict[str, object]]:
     """Try to log in as `user` with the operator's key."""
 
-    def attempt(transport: paramiko.Transport) -> list[str]:
-        key = paramiko.Ed25519Key.from_private_key_file(str(target.key_file))
-        methods = _methods(transport.auth_none, user)
-        return methods and _methods(transport.auth_publickey, user, key)
+    def attempt(transport: paramiko.Transport, row: dict[str, object]) -> None:
+        row["outcome"] = _answer(transport.auth_publickey, user, _key(target))
 
     return _attempt(target, "key", user, attempt, timeout)
 
 
-def _methods(authenticate: Any, *arguments: object) -> list[str]:
-    """The methods that the server names when it refuses; none when it lets us in."""
+def _key(target: Target) -> paramiko.PKey:
+    return paramiko.Ed25519Key.from_private_key_file(str(target.key_file))
+
+
+def _methods(transport: paramiko.Transport, user: str) -> list[str]:
+    """The methods that the server offers `user` (RFC 4252, 5.2); none when it lets us in."""
     try:
-        left = authenticate(*arguments)
+        transport.auth_none(user)
     except paramiko.BadAuthenticationType as e:
         return sorted(e.allowed_types)
-    except paramiko.AuthenticationException:
-        return ["publickey"]  # the method tried is one of the server's, and it said no
-    return sorted(left)
+    return []
+
+
+def _answer(authenticate: Any, *arguments: object) -> str:
+    """What the server says to credentials; an SSHException when it says nothing."""
+    try:
+        further = authenticate(*arguments)
+    except paramiko.BadAuthenticationType:
+        return REFUSED
+    except paramiko.AuthenticationException as e:
+        # paramiko raises the same when the answer does not come, with another text
+        if str(e) == "Authentication failed.":
+            return REFUSED
+        raise
+    return f"let in, and then asked for {', '.join(further)}" if further else LET_IN
+
+
+def _text(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 def _attempt(
-    target: Target, how: str, user: str, attempt: Any, timeout: float
+    target: Target,
+    how: str,
+    user: str,
+    attempt: Callable[[paramiko.Transport, dict[str, object]], None],
+    timeout: float,
 ) -> list[dict[str, object]]:
     row: dict[str, object] = {"try": how, "user": user}
     offer: dict[str, object] = {"offer": None}
@@ -118,11 +147,9 @@ def _attempt(
         pinned = f"{seen.get_name()} {seen.get_base64()}" == " ".join(target.host_key.split()[:2])
         row["host_key"] = "pinned" if pinned else "other"
         if pinned:
-            methods = attempt(transport)
-            row["outcome"] = "let in" if transport.is_authenticated() else "refused"
-            row["methods"] = methods
+            attempt(transport, row)
     except (paramiko.SSHException, OSError, EOFError) as e:
-        row["error"] = str(e) or type(e).__name__
+        row["error"] = LOCKED_OUT if b"Not allowed at this time" in sock.received else _text(e)
     finally:
         with contextlib.suppress(Exception):
             transport.close()
