@@ -190,7 +190,7 @@ def _is_current(cert: x509.Certificate, margin: datetime.timedelta) -> bool:
 
 
 def _server_names(hostname: str) -> x509.SubjectAlternativeName:
-    # kanban and ccr by name too, because some clients take no wildcard right below a top level
+    # each by name too, because OpenSSL takes no wildcard right below a top level
     hosts = ("localhost", "*.localhost", "kanban.localhost", "ccr.localhost")
     addresses = ("127.0.0.1", "::1")
     return x509.SubjectAlternativeName([
