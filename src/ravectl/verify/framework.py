@@ -7,16 +7,22 @@ output share a probe, which then runs once: a process in the guest costs 50-100 
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import queue
+import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from ravectl import ssh
 from ravectl.errors import RavectlError
 from ravectl.model import CheckResult, Endpoint, EngineName, Outcome, Plan, Report, Suite
+
+T = TypeVar("T")
 
 WORKERS = 6  # less than the sessions that one SSH connection may have (ssh.MAX_CHANNELS)
 GRACE_SECONDS = 5.0  # for a probe to notice by itself that its deadline has passed
@@ -157,30 +163,60 @@ def _run_batch(
     probes: Sequence[Probe], checks: Sequence[Check], target: VerifyTarget
 ) -> Iterable[CheckResult]:
     """Run probes in parallel and yield the results of their checks as they come."""
-    if not probes:
-        return
+    pending = {p: [c for c in checks if c.probe == p] for p in probes}
+    todo: queue.SimpleQueue[Probe] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[Probe, list[CheckResult]]] = queue.SimpleQueue()
+    for probe in probes:
+        todo.put(probe)
+
+    def worker() -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                probe = todo.get_nowait()
+                done.put((probe, _examine(probe, pending[probe], target)))
+
+    workers = min(WORKERS, len(probes))
+    _start_threads([worker] * workers)
     rounds = -(-len(probes) // WORKERS)
-    last = time.monotonic() + rounds * max(p.seconds for p in probes) + GRACE_SECONDS
-    pool = ThreadPoolExecutor(max_workers=WORKERS, thread_name_prefix="verify")
-    try:
-        pending: dict[Future[list[CheckResult]], list[Check]] = {}
-        for probe in probes:
-            mine = [c for c in checks if c.probe == probe]
-            pending[pool.submit(_examine, probe, mine, target)] = mine
-        while pending:
-            left = max(last - time.monotonic(), 0.0)
-            done, _ = wait(pending, timeout=left, return_when=FIRST_COMPLETED)
-            if not done:
-                break
-            for future in done:
-                pending.pop(future)
-                yield from future.result()
-        for mine in pending.values():
-            for check in mine:
-                yield _error(check, "did not end by its deadline", "ravectl status", 0.0)
-    finally:
-        # a probe that hangs must not hold up Ctrl-C; closing the connection ends it
-        pool.shutdown(wait=False, cancel_futures=True)
+    last = time.monotonic() + rounds * max((p.seconds for p in probes), default=0) + GRACE_SECONDS
+    waiting = dict(pending)
+    with contextlib.suppress(queue.Empty):
+        while waiting:
+            probe, results = done.get(timeout=max(last - time.monotonic(), 0.0))
+            del waiting[probe]
+            yield from results
+    for check in (c for mine in waiting.values() for c in mine):
+        hint = "see whether the machine still runs: ravectl status"
+        yield _error(check, "the check did not end by its deadline", hint, 0.0)
+
+
+def at_once(calls: Sequence[Callable[[], T]]) -> list[T]:
+    """Make calls in parallel; their results in the same order, or the first exception raised.
+
+    For probes of several parts, each of which ends by its own deadline.
+    """
+    done: queue.SimpleQueue[tuple[int, T | Exception]] = queue.SimpleQueue()
+
+    def make(i: int) -> None:
+        try:
+            done.put((i, calls[i]()))
+        except Exception as e:
+            done.put((i, e))
+
+    _start_threads([functools.partial(make, i) for i in range(len(calls))])
+    results: dict[int, T] = {}
+    for _ in calls:
+        i, value = done.get()
+        if isinstance(value, Exception):
+            raise value
+        results[i] = value
+    return [results[i] for i in range(len(calls))]
+
+
+def _start_threads(bodies: Sequence[Callable[[], None]]) -> None:
+    # daemons, unlike a ThreadPoolExecutor's: one that hangs must not hold up Ctrl-C or the exit
+    for body in bodies:
+        threading.Thread(target=body, name="verify", daemon=True).start()
 
 
 def _examine(probe: Probe, checks: Sequence[Check], target: VerifyTarget) -> list[CheckResult]:

@@ -103,6 +103,6 @@ def _target_faults(job: ScrapeJob, target: dict[str, Any]) -> list[str]:
 CHECKS = (
     Check(
         "O1", Suite.OBSERVABILITY, "every scrape target is up",
-        Probe("targets", _collect_targets, 30.0), judge_targets,
+        Probe("targets", _collect_targets, 45.0), judge_targets,
     ),
 )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ravectl.model import Suite
@@ -15,6 +15,7 @@ from ravectl.verify.framework import (
     Probe,
     Subject,
     VerifyTarget,
+    at_once,
     judged,
     unreadable,
 )
@@ -90,16 +91,19 @@ def sshd_script(subject: Subject) -> str:
 
 
 def _collect_sshd(target: VerifyTarget, deadline: float) -> str:
-    output = guest.run_script(target, sshd_script(target.subject), deadline, root=True)
-    login = target.connection.target
+    login, left = target.connection.target, max(deadline - time.monotonic(), 0.1)
+    output, *tries = at_once(
+        [
+            lambda: guest.run_script(target, sshd_script(target.subject), deadline, root=True),
+            lambda: _lines(sshprobe.try_password(login, target.plan.operator, left)),
+            lambda: _lines(sshprobe.try_key(login, "root", left)),
+        ]
+    )
+    return output.removesuffix(f"{guest.END}\n") + f"== tries ==\n{''.join(tries)}{guest.END}\n"
 
-    def left() -> float:
-        return max(deadline - time.monotonic(), 1.0)
 
-    rows = sshprobe.try_password(login, target.plan.operator, left())
-    rows += sshprobe.try_key(login, "root", left())[1:]
-    tries = "".join(json.dumps(row) + "\n" for row in rows)
-    return output.removesuffix(f"{guest.END}\n") + f"== tries ==\n{tries}{guest.END}\n"
+def _lines(rows: Iterable[Mapping[str, object]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def judge_sshd(subject: Subject, output: str) -> Judgement:
@@ -265,10 +269,10 @@ def _outer(text: str) -> list[tuple[str, int, bool]]:
 CHECKS = (
     Check(
         "X1", Suite.SECURITY, "SSH takes keys only, never root, modern algorithms only",
-        Probe("sshd", _collect_sshd, 30.0), judge_sshd,
+        Probe("sshd", _collect_sshd, 45.0), judge_sshd,
     ),
     Check(
         "X2", Suite.SECURITY, "only the open ports can be reached from outside",
-        Probe("border", _collect_border, 20.0), judge_border,
+        Probe("border", _collect_border, 45.0), judge_border,
     ),
 )  # fmt: skip

@@ -23,16 +23,20 @@ from ravectl.verify.framework import (
 
 START_SECONDS = 60
 MAX_OFFSET_SECONDS = 10.0
+MANY_RESTARTS = 3
+SETTLED_SECONDS = 60
 MIB = 2**20
 
+UNLISTED = "(cannot be listed)"
+
 # A boot that has just ended still has jobs queued, so the state is waited for, briefly.
-STATE_SCRIPT = """\
+STATE_SCRIPT = f"""\
 echo '== state =='
 timeout 8 systemctl is-system-running --wait || systemctl is-system-running
 echo '== failed =='
-systemctl list-units --state=failed --plain --no-legend --no-pager || echo '(cannot be listed)'
+systemctl list-units --state=failed --plain --no-legend --no-pager || echo '{UNLISTED}'
 echo '== jobs =='
-systemctl list-jobs --plain --no-legend --no-pager || echo '(cannot be listed)'
+systemctl list-jobs --plain --no-legend --no-pager || echo '{UNLISTED}'
 """
 
 PROPERTIES = (
@@ -104,8 +108,8 @@ def _collect_units(target: VerifyTarget, deadline: float) -> str:
     return output.removesuffix(f"{guest.END}\n") + f"== age ==\n{age:.3f}\n{guest.END}\n"
 
 
-STATE = Probe("system-state", _collect_state, 20.0)
-UNITS = Probe("units", _collect_units, 20.0)
+STATE = Probe("system-state", _collect_state, 45.0)
+UNITS = Probe("units", _collect_units, 45.0)
 
 
 # --- S1 --------------------------------------------------------------------------------------
@@ -117,6 +121,8 @@ def judge_state(_: Subject, output: str) -> Judgement:
     parts = guest.sections(output)
     if parts is None or not {"state", "failed", "jobs"} <= parts.keys():
         return unreadable(expected, "the list of failed units is incomplete")
+    if UNLISTED in (parts["failed"], parts["jobs"]):
+        return unreadable(expected, "systemctl cannot list the units")
     states = parts["state"].split()
     if not states:
         return unreadable(expected, "systemctl is-system-running said nothing")
@@ -155,13 +161,16 @@ def judge_active(subject: Subject, output: str) -> Judgement:
     parts = guest.sections(output)
     if not units or parts is None or "units" not in parts:
         return unreadable(expected, "the answer about the units is incomplete")
-    shown = _by_unit(subject, parts["units"])
+    shown, uptime = _by_unit(subject, parts["units"]), _seconds(parts.get("uptime"))
     faults, culprit = [], ""
     for name, unit in units.items():
         block = shown.get(name)
         if block is None or "ActiveState" not in block:
             return unreadable(expected, f"systemd said nothing about {unit}")
         if block["ActiveState"] == "active" and block.get("LoadState") == "loaded":
+            if again := _restless(block, uptime):
+                culprit = culprit or unit
+                faults.append(f"{unit} {again}")
             continue
         culprit = culprit or unit
         if block.get("LoadState") != "loaded":
@@ -173,6 +182,15 @@ def judge_active(subject: Subject, output: str) -> Judgement:
     return judged(
         expected, f"all {len(units)} are active", faults, f"see why: ravectl logs {culprit}"
     )
+
+
+def _restless(block: Mapping[str, str], uptime: float | None) -> str:
+    """How a unit that is active just now is restarted again and again, or nothing."""
+    restarts = guest.number(block.get("NRestarts")) or 0
+    entered = guest.number(block.get("ActiveEnterTimestampMonotonic")) or 0
+    if restarts < MANY_RESTARTS or uptime is None or uptime - entered / 1e6 > SETTLED_SECONDS:
+        return ""
+    return f"was restarted {restarts} times, the last less than {SETTLED_SECONDS} s ago"
 
 
 # --- S3 --------------------------------------------------------------------------------------
