@@ -71,35 +71,61 @@ OFFERED = {
     "macs-out": MACS,
 }
 
-# -T prints what sshd would do with its configuration file, so the file must be the one that
-# the running daemon was given.
-SSHD_SCRIPT = """\
-pid=$(systemctl show -p MainPID --value -- %(unit)s)
-exe=$(readlink "/proc/$pid/exe") || exe=$(command -v sshd || echo /usr/sbin/sshd)
-file=()
-title=$(tr '\\0' ' ' <"/proc/$pid/cmdline")
-[[ $title =~ \\ -f\\ *([^ ]+) ]] && file=(-f "${BASH_REMATCH[1]}")
+# One script and one sudo for both checks. -T prints what sshd would do with a configuration
+# file, so the file and the program must be those of the daemon that listens.
+ACCESS_SCRIPT = """\
+listeners=$(ss -Hltnup)
+echo '== listeners =='
+printf '%%s\n' "$listeners"
+echo '== firewall =='
+nft -j list ruleset
+echo
+echo '== outer =='
+while read -r _ _ _ address _; do
+  address=${address%%%%/*}
+  for port in %(ports)s; do
+    if (: <>"/dev/tcp/$address/$port") 2>/dev/null; then
+      echo "$address $port open"
+    else
+      echo "$address $port closed"
+    fi
+  done
+done < <(ip -o -4 addr show scope global)
 echo '== sshd =='
-"$exe" -T "${file[@]}" -C user=%(user)s,host=x,addr=10.0.2.2 2>&1
+file=() words=()
+daemon=':%(ssh)s [^,]*"sshd",pid=([0-9]+)' option=' -f *([^ ]+)'
+if [[ $listeners =~ $daemon ]]; then
+  pid=${BASH_REMATCH[1]}
+  mapfile -d '' -t words <"/proc/$pid/cmdline"
+  [[ "${words[*]}" =~ $option ]] && file=(-f "${BASH_REMATCH[1]}")
+  "/proc/$pid/exe" -T "${file[@]}" -C user=%(user)s,host=x,addr=10.0.2.2 2>&1
+fi
 """
 
 
-def sshd_script(subject: Subject) -> str:
-    """The script that prints sshd's effective configuration for the operator."""
-    unit = subject.units().get("ssh", "ssh.service")
-    return SSHD_SCRIPT % {"unit": unit, "user": subject.plan.operator}
+def access_script(subject: Subject) -> str:
+    """The script that shows what listens, what the firewall lets in, and sshd's settings."""
+    plan = subject.plan
+    ports = sorted({*plan.listeners(), *plan.network.open_ports})
+    ssh_port = plan.service("ssh").ports[0]
+    values = {"ports": " ".join(map(str, ports)), "ssh": ssh_port, "user": plan.operator}
+    return ACCESS_SCRIPT % values
 
 
-def _collect_sshd(target: VerifyTarget, deadline: float) -> str:
+def _collect_access(target: VerifyTarget, deadline: float) -> str:
     login, left = target.connection.target, max(deadline - time.monotonic(), 0.1)
+    script = access_script(target.subject)
     output, *tries = at_once(
         [
-            lambda: guest.run_script(target, sshd_script(target.subject), deadline, root=True),
+            lambda: guest.run_script(target, script, deadline, root=True),
             lambda: _lines(sshprobe.try_password(login, target.plan.operator, left)),
             lambda: _lines(sshprobe.try_key(login, "root", left)),
         ]
     )
     return output.removesuffix(f"{guest.END}\n") + f"== tries ==\n{''.join(tries)}{guest.END}\n"
+
+
+ACCESS = Probe("access", _collect_access, 45.0)
 
 
 def _lines(rows: Iterable[Mapping[str, object]]) -> str:
@@ -193,36 +219,6 @@ def _why_no_try(rows: Sequence[Mapping[str, Any]]) -> str:
 
 # --- X2 --------------------------------------------------------------------------------------
 
-BORDER_SCRIPT = """\
-echo '== listeners =='
-ss -Hltnup
-echo '== firewall =='
-nft -j list ruleset
-echo
-echo '== outer =='
-while read -r _ _ _ address _; do
-  address=${address%%/*}
-  for port in %(ports)s; do
-    if (: <>"/dev/tcp/$address/$port") 2>/dev/null; then
-      echo "$address $port open"
-    else
-      echo "$address $port closed"
-    fi
-  done
-done < <(ip -o -4 addr show scope global)
-"""
-
-
-def border_script(subject: Subject) -> str:
-    """The script that shows what listens, what the firewall lets in, and what answers."""
-    plan = subject.plan
-    ports = sorted({*plan.listeners(), *plan.network.open_ports})
-    return BORDER_SCRIPT.replace("%%", "%").replace("%(ports)s", " ".join(map(str, ports)))
-
-
-def _collect_border(target: VerifyTarget, deadline: float) -> str:
-    return guest.run_script(target, border_script(target.subject), deadline, root=True)
-
 
 def judge_border(subject: Subject, output: str) -> Judgement:
     """Only the open ports listen to the outside, and the firewall lets in nothing else."""
@@ -269,10 +265,10 @@ def _outer(text: str) -> list[tuple[str, int, bool]]:
 CHECKS = (
     Check(
         "X1", Suite.SECURITY, "SSH takes keys only, never root, modern algorithms only",
-        Probe("sshd", _collect_sshd, 45.0), judge_sshd,
+        ACCESS, judge_sshd,
     ),
     Check(
         "X2", Suite.SECURITY, "only the open ports can be reached from outside",
-        Probe("border", _collect_border, 45.0), judge_border,
+        ACCESS, judge_border,
     ),
 )  # fmt: skip
