@@ -28,6 +28,11 @@ def configure(*, verbose: bool) -> None:
     _verbose = verbose
 
 
+def is_verbose() -> bool:
+    """Whether every step is to be said."""
+    return _verbose
+
+
 def is_terminal() -> bool:
     """Whether stderr shows live lines."""
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"

@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 SSH_PORT = 22
 INGRESS_PORT = 3002
+SSH_ANNOUNCEMENT = "rave: ssh listens"  # what the guest says on its console, for `up`
 RESERVED_MB = 384  # kernel, systemd, journal and sessions: what the services' limits leave free
 
 # in the order in which a person reads them; a profile gives each its limits, plan.SERVICES the rest

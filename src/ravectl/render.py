@@ -14,7 +14,7 @@ import jinja2
 import yaml
 
 from ravectl.errors import RavectlError
-from ravectl.model import Plan, RenderedFile, RenderedTree
+from ravectl.model import SSH_ANNOUNCEMENT, Plan, RenderedFile, RenderedTree
 
 
 def render(folder: Path, plan: Plan, **extra: object) -> RenderedTree:
@@ -31,7 +31,7 @@ def render(folder: Path, plan: Plan, **extra: object) -> RenderedTree:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    names = {"plan": plan, **extra}
+    names = {"plan": plan, "ssh_announcement": SSH_ANNOUNCEMENT, **extra}
     entries: dict[str, Any] = yaml.safe_load((folder / "tree.yaml").read_text())
     files = [_file(environment, path, entry or {}, names) for path, entry in entries.items()]
     return RenderedTree(tuple(sorted(files, key=lambda f: f.path)))

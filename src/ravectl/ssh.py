@@ -24,6 +24,9 @@ from ravectl.errors import DeadlineError, RavectlError
 HOST = "127.0.0.1"
 # What sshd's MaxSessions allows on one connection by default (sshd_config(5)), less a margin.
 MAX_CHANNELS = 8
+POLL_SECONDS = 0.1
+UNANNOUNCED_SECONDS = 8.0  # between blind attempts, for machines that announce nothing
+ANNOUNCED_PATIENCE = 30.0  # a handshake takes 1.2 s under TCG, more on a loaded host
 
 
 class HostKeyError(RavectlError):
@@ -159,19 +162,33 @@ class Connection:
             channel.close()
 
 
-def read_banner(port: int, timeout: float = 2.0) -> str | None:
-    """The greeting of the SSH server on `port`, or None while there is none.
+def connect_when_ready(
+    target: Target, deadline: float, announced: Callable[[], bool]
+) -> Connection:
+    """Connect to a machine that is booting; `deadline` is a time.monotonic() value.
 
-    QEMU accepts connections on a forwarded port before the guest has a server, so only the
-    banner tells that one is there.
+    `announced` tells whether the machine has said that its SSH server listens; it is called
+    often and may raise to end the wait. QEMU accepts connections long before the guest does
+    and hands every one of them over later, each then costing the guest a process: so there
+    are few attempts before the announcement. Raises DeadlineError, HostKeyError, or
+    RavectlError when the machine refuses us.
     """
-    try:
-        with socket.create_connection((HOST, port), timeout=timeout) as s:
-            s.settimeout(timeout)
-            data = s.recv(255)
-    except OSError:
-        return None
-    return data.decode(errors="replace").strip() if data.startswith(b"SSH-") else None
+    next_try = time.monotonic() + UNANNOUNCED_SECONDS
+    while (now := time.monotonic()) < deadline:
+        said = announced()
+        if not said and now < next_try:
+            time.sleep(POLL_SECONDS)
+            continue
+        patience = ANNOUNCED_PATIENCE if said else UNANNOUNCED_SECONDS
+        try:
+            return Connection(target, min(patience, max(deadline - now, 1.0)))
+        except ConnectionError:
+            next_try = time.monotonic() + UNANNOUNCED_SECONDS
+            time.sleep(POLL_SECONDS)
+    raise DeadlineError(
+        f"no SSH server answered on port {target.port} in time",
+        "see what the machine says: ravectl console",
+    )
 
 
 def _connect(target: Target, timeout: float) -> paramiko.Transport:

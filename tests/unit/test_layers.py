@@ -26,7 +26,7 @@ ROWS = [
         "workspace",
     },
     {"images", "instance", "verify", "doctor"},
-    {"rotate", "lifecycle"},
+    {"rotate", "lifecycle", "building"},
     {"cli", "__main__"},
 ]
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}

@@ -1,14 +1,20 @@
-"""The command line: verbs, their options and exit codes. No logic lives here."""
+"""The command line: verbs, their options and exit codes. No logic lives here.
+
+A module per family of verbs. What a verb needs is imported when it runs, so that `--help`
+does not wait for pydantic or paramiko.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
+import traceback
 from typing import Annotated
 
 import typer
 
 from ravectl import __version__, console
+from ravectl.cli import access, check, image, machine
 from ravectl.errors import EXIT_FAILED, EXIT_INTERRUPTED, RavectlError
 
 app = typer.Typer(
@@ -19,6 +25,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+app.command()(image.profiles)
+app.command()(image.plan)
+app.command()(image.render)
+app.command()(image.build)
+app.command()(image.gc)
+app.command()(machine.up)
+app.command()(machine.down)
+app.command()(machine.status)
+app.command()(machine.reset)
+app.command(context_settings=_PASS_ON)(access.ssh)
+app.command("exec", context_settings=_PASS_ON)(access.exec_)
+app.command()(access.cp)
+app.command()(access.logs)
+app.command()(access.console)
+app.command()(check.verify)
+app.command()(check.doctor)
 
 
 def _version(wanted: bool) -> None:
@@ -55,3 +80,18 @@ def main() -> None:
         # the reader of our output went away (| head); that is its right
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_FAILED)
+    except Exception as e:  # the last resort: a defect must not look like the person's mistake
+        console.error(_defect(e))
+        if console.is_verbose():
+            traceback.print_exc()
+        sys.exit(EXIT_FAILED)
+
+
+def _defect(e: Exception) -> RavectlError:
+    # only its kind and place: its text may quote what nobody should read in a log
+    last = traceback.extract_tb(e.__traceback__)[-1]
+    where = f"{os.path.basename(last.filename)}:{last.lineno}"  # noqa: PTH119
+    return RavectlError(
+        f"this is a defect of ravectl: {type(e).__name__} at {where}",
+        "report it with the output of the same command under ravectl --verbose",
+    )

@@ -1,0 +1,116 @@
+"""Verbs that judge: verify a machine, doctor this host."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ravectl import console
+from ravectl.cli import options
+from ravectl.errors import EXIT_CHECK, EXIT_HOST, RavectlError, UsageError
+
+if TYPE_CHECKING:
+    from ravectl.instance import Instance
+    from ravectl.model import CheckResult, Report, Suite
+
+
+def verify(
+    suite: Annotated[
+        list[str] | None, typer.Option("--suite", "-s", help="Only this suite; may be repeated.")
+    ] = None,
+    check: Annotated[
+        list[str] | None, typer.Option("--check", "-c", help="Only this check, as H3; repeatable.")
+    ] = None,
+    disruptive: Annotated[
+        bool, typer.Option("--disruptive", help="Also the checks that stop or restart things.")
+    ] = False,
+    form: Annotated[
+        str, typer.Option("--format", "-f", help="table, json, junit or markdown.")
+    ] = "table",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the report to this file.")
+    ] = None,
+    as_json: options.AsJson = False,
+    name: options.Name = options.DEFAULT_NAME,
+    workspace: options.Folder = None,
+) -> None:
+    """Hold the running machine against what it was built from (exit 3 when it does not hold)."""
+    from ravectl import files
+    from ravectl import verify as verification
+
+    fmt = _format("json" if as_json else form)
+    found = options.find_instance(workspace, name)
+    report = _report(found, _suites(suite), set(check) if check else None, disruptive)
+    terminal = output is None and sys.stdout.isatty()
+    width = shutil.get_terminal_size((100, 24)).columns
+    text = verification.render(report, fmt, terminal=terminal, width=width)
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        files.write_atomic(output, text)
+    console.note(verification.summary(report))
+    if not report.holds:
+        raise typer.Exit(EXIT_CHECK)
+
+
+def _format(name: str) -> str:
+    from ravectl.verify import Format
+
+    known = [f.value for f in Format]
+    if name not in known:
+        raise UsageError(f"there is no format {name!r}", f"use one of: {', '.join(known)}")
+    return name
+
+
+def _suites(names: list[str] | None) -> set[Suite] | None:
+    from ravectl.model import Suite
+
+    if not names:
+        return None
+    known = [s.value for s in Suite]
+    for name in names:
+        if name not in known:
+            raise UsageError(f"there is no suite {name!r}", f"use one of: {', '.join(known)}")
+    return {Suite(n) for n in names}
+
+
+def _report(
+    found: Instance, suites: set[Suite] | None, ids: set[str] | None, disruptive: bool
+) -> Report:
+    from ravectl import lifecycle
+    from ravectl import verify as verification
+
+    verification.select(suites, ids, disruptive=disruptive)  # before a connection is made
+    with console.step("verifying") as step, lifecycle.verify_target(found) as target:
+        done = 0
+
+        def count(result: CheckResult) -> None:
+            nonlocal done
+            done += 1
+            step.update(f"{done} done, last {result.id} {result.outcome.value}")
+
+        return verification.run(target, suites, ids, count, disruptive=disruptive)
+
+
+def doctor(as_json: options.AsJson = False) -> None:
+    """Show what ravectl needs on this host and the command that mends what is missing."""
+    from ravectl import doctor as examination
+
+    found = examination.examine()
+    if as_json:
+        options.print_json(found)
+    else:
+        for row in found:
+            mark = "ok     " if row.found else ("MISSING" if row.needed else "absent ")
+            print(f"{mark}  {row.name:<22} {row.seen}")
+            if not row.found and row.remedy:
+                print(f"{'':9}fix: {row.remedy}")
+    missing = examination.missing(found)
+    if missing:
+        names = ", ".join(r.name for r in missing)
+        console.error(RavectlError(f"this host lacks {names}", "run the commands above"))
+        raise typer.Exit(EXIT_HOST)

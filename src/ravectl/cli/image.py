@@ -1,0 +1,144 @@
+"""Verbs up to the image: profiles, plan, render, build, gc."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ravectl import console
+from ravectl.cli import options
+from ravectl.errors import UsageError
+
+
+def profiles(as_json: options.AsJson = False, workspace: options.Folder = None) -> None:
+    """List the profiles there are, and what each promises."""
+    from ravectl import profile
+    from ravectl.model import to_json
+
+    space = options.find_workspace(workspace)
+    plans = {n: options.make_plan(n, space) for n in profile.shipped()}
+    if space.profile_file:
+        own = options.make_plan(None, space)
+        plans[own.profile] = own
+    if as_json:
+        options.print_json({n: to_json(p.machine) for n, p in plans.items()})
+        return
+    for name, plan in plans.items():
+        m = plan.machine
+        egress = "open" if plan.network.egress else "closed"
+        print(
+            f"{name:<12} {m.memory_mb} MB, {m.cpus} CPUs, {m.disk_gb} GB disk, "
+            f"{len(plan.services)} services, way out {egress}"
+        )
+
+
+def plan(
+    safe: options.Safe = False,
+    full_pipe: options.FullPipe = False,
+    profile: options.ProfileName = None,
+    as_json: options.AsJson = False,
+    workspace: options.Folder = None,
+) -> None:
+    """Show everything that a profile implies."""
+    flag = options.profile_flag(safe, full_pipe, profile)
+    made = options.make_plan(flag, options.find_workspace(workspace))
+    if as_json:
+        options.print_json(made)
+        return
+    m = made.machine
+    print(f"profile   {made.profile}")
+    print(f"machine   {m.memory_mb} MB, {m.cpus} CPUs, {m.disk_gb} GB disk")
+    print(f"way out   {'open' if made.network.egress else 'closed'}")
+    total = sum(s.limits.memory_mb for s in made.services)
+    print(f"services  {total} of {made.service_memory_mb} MB promised")
+    for s in made.services:
+        ports = ",".join(str(p) for p in s.ports)
+        limits = f"{s.limits.memory_mb} MB {s.limits.cpu_percent}% cpu"
+        print(f"  {s.name:<14} :{ports:<10} {limits:<18} {s.unit['debian']}")
+    print("routes")
+    for r in made.routes:
+        print(f"  {r.host or ''}{r.path:<14} {r.access.value}")
+
+
+def render(
+    folder: Annotated[Path, typer.Argument(help="Where to write the tree; new or empty.")],
+    safe: options.Safe = False,
+    full_pipe: options.FullPipe = False,
+    profile: options.ProfileName = None,
+    workspace: options.Folder = None,
+) -> None:
+    """Write the rendered configuration to a folder, to look at or to commit."""
+    from ravectl import files, images
+    from ravectl.render import write_tree
+
+    flag = options.profile_flag(safe, full_pipe, profile)
+    made = options.make_plan(flag, options.find_workspace(workspace))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} is not an empty folder", "name a new one")
+    tree = images.render_debian(made)
+    write_tree(tree, files.make_dir(folder))
+    console.note(f"{len(tree.files)} files written to {folder}")
+
+
+def build(
+    safe: options.Safe = False,
+    full_pipe: options.FullPipe = False,
+    profile: options.ProfileName = None,
+    form: Annotated[str, typer.Option("--format", help="qcow2 or raw.")] = "qcow2",
+    compress: Annotated[
+        bool, typer.Option("--compress", help="Compress the qcow2 (zstd): smaller, slower.")
+    ] = False,
+    locked: Annotated[
+        bool, typer.Option("--locked", help="Refuse anything that differs from rave.lock.")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Build twice from nothing and compare the bits.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write the disk to this file.")
+    ] = None,
+    as_json: options.AsJson = False,
+    workspace: options.Folder = None,
+) -> None:
+    """Make the image of a profile; nothing is made twice."""
+    from ravectl import building
+
+    space = options.find_workspace(workspace)
+    made = options.make_plan(options.profile_flag(safe, full_pipe, profile), space)
+    request = building.Request(made, building.image_format(form), compress=compress)
+    if check:
+        building.check(request)
+        console.note("built twice from nothing: the same bits")
+        return
+    image = building.build(request, space, locked=locked)
+    if output is not None:
+        building.export(image, output)
+    if as_json:
+        options.print_json(
+            {
+                "digest": image.digest,
+                "disk": image.disk,
+                "sizes": image.sizes,
+                "hashes": image.hashes,
+            }
+        )
+    else:
+        print(image.disk if output is None else output)
+
+
+def gc(
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be removed.")
+    ] = False,
+    workspace: options.Folder = None,
+) -> None:
+    """Remove images and bases that no instance of this workspace uses."""
+    from ravectl import building
+
+    freed = building.collect(options.find_workspace(workspace), dry_run=dry_run)
+    for path, size in freed:
+        print(f"{path}  {size // 2**20} MB")
+    word = "would be freed" if dry_run else "freed"
+    console.note(f"{sum(size for _, size in freed) // 2**20} MB {word}")

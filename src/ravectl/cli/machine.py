@@ -1,0 +1,175 @@
+"""Verbs of a machine's life: up, down, status, reset."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ravectl import console
+from ravectl.cli import options
+from ravectl.errors import UsageError
+
+if TYPE_CHECKING:
+    from ravectl.instance import Instance
+    from ravectl.model import Accelerator
+
+
+def up(
+    safe: options.Safe = False,
+    full_pipe: options.FullPipe = False,
+    profile: options.ProfileName = None,
+    accel: Annotated[
+        str, typer.Option("--accel", help="kvm, tcg, or auto: KVM where it works.")
+    ] = "auto",
+    timeout: Annotated[float, typer.Option(help="Seconds until it is given up.")] = 300.0,
+    keep_failed: Annotated[
+        bool, typer.Option("--keep-failed", help="Leave a machine that fails running.")
+    ] = False,
+    name: options.Name = options.DEFAULT_NAME,
+    workspace: options.Folder = None,
+) -> None:
+    """Start the machine (building its image first if need be) and wait until all of it is up."""
+    from ravectl import building, lifecycle
+
+    space = options.find_workspace(workspace)
+    plan = options.make_plan(options.profile_flag(safe, full_pipe, profile), space)
+    request = building.Request(plan)
+    started = lifecycle.up(
+        space,
+        name,
+        plan,
+        lambda: building.build(request, space),
+        accelerator=_accelerator(accel),
+        timeout=timeout,
+        keep_failed=keep_failed,
+    )
+    if started.already:
+        console.note(f"{name} is running already")
+    else:
+        console.note(
+            f"first SSH command after {started.first_ssh_seconds:.0f} s, "
+            f"every service up after {started.healthy_seconds:.0f} s"
+        )
+    print(_howto(started.instance))
+
+
+def _accelerator(name: str) -> Accelerator | None:
+    from ravectl.model import Accelerator
+
+    known = ["auto", *(a.value for a in Accelerator)]
+    if name not in known:
+        raise UsageError(f"there is no accelerator {name!r}", f"use one of: {', '.join(known)}")
+    return None if name == "auto" else Accelerator(name)
+
+
+def _howto(found: Instance) -> str:
+    """How the machine is used, as lines for a person."""
+    endpoint, given = found.endpoint(), found.credentials()
+    flag = "" if found.name == options.DEFAULT_NAME else f" --name {found.name}"
+    base = f"https://localhost:{endpoint.https_port}"
+    return "\n".join(
+        [
+            f"console page   {base}/",
+            f"Vibe Kanban    https://kanban.localhost:{endpoint.https_port}/",
+            f"router         {base}/ccr/",
+            f"sign in as     {given.ingress_user}, password in {given.ingress_password_file}",
+            f"certificate    signed by {found.keys().ca_cert}",
+            f"shell          ravectl ssh{flag}      (port {endpoint.ssh_port})",
+            f"verify         ravectl verify{flag}",
+            f"stop           ravectl down{flag}",
+        ]
+    )
+
+
+def down(
+    timeout: Annotated[float, typer.Option(help="Seconds the guest gets to shut down.")] = 60.0,
+    name: options.Name = options.DEFAULT_NAME,
+    workspace: options.Folder = None,
+) -> None:
+    """Stop the machine; its disk stays."""
+    from ravectl import lifecycle
+
+    found = options.find_instance(workspace, name)
+    console.note(f"{name}: {lifecycle.down(found, timeout)}")
+
+
+def reset(
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    name: options.Name = options.DEFAULT_NAME,
+    workspace: options.Folder = None,
+) -> None:
+    """Throw the machine's disk away; the next up starts from a fresh image."""
+    from ravectl import lifecycle
+
+    found = options.find_instance(workspace, name)
+    if not yes:
+        typer.confirm(
+            f"Everything on the disk of {name} will be lost. Go on?", abort=True, err=True
+        )
+    lifecycle.reset(found)
+    console.note(f"{name} is reset; its credentials and ports stay")
+
+
+def status(
+    as_json: options.AsJson = False,
+    name: Annotated[
+        str | None, typer.Option("--name", "-n", envvar="RAVECTL_NAME", help="Only this instance.")
+    ] = None,
+    workspace: options.Folder = None,
+) -> None:
+    """Show the instances of this workspace and what is true of them now."""
+    from ravectl.instance import list_instances
+
+    space = options.find_workspace(workspace)
+    if name is None:
+        found = list_instances(space.instances_dir)
+    else:
+        found = [options.find_instance(workspace, name)]
+    rows = [_row(i) for i in found]
+    if as_json:
+        options.print_json(rows)
+        return
+    if not rows:
+        console.note(f"no instance in {space.root}: ravectl up makes one")
+    for r in rows:
+        ports = f"ssh :{r['ssh_port']}  https :{r['https_port']}" if r["ssh_port"] else ""
+        since = f"{r['uptime_seconds'] / 60:.0f} min" if r["uptime_seconds"] else ""
+        panics = f"  kernel panics: {r['kernel_panics']}" if r["kernel_panics"] else ""
+        print(
+            f"{r['name']:<16} {r['state']:<9} {r['profile']:<10} {ports}  {since}{panics}".rstrip()
+        )
+
+
+def _row(found: Instance) -> dict[str, Any]:
+    from ravectl.model import InstanceState
+
+    record, state = found.require_record(), found.state()
+    running = state is InstanceState.RUNNING
+    started = found.host_started()
+    endpoint = found.endpoint() if record.ports else None
+    return {
+        "name": found.name,
+        "state": state.value,
+        "qemu": _qemu_status(found) if running else None,
+        "profile": record.plan.profile,
+        "engine": record.engine.value,
+        "image": record.image,
+        "accelerator": record.accelerator.value,
+        "ssh_port": endpoint.ssh_port if endpoint else None,
+        "https_port": endpoint.https_port if endpoint else None,
+        "uptime_seconds": round(time.time() - started) if started else None,
+        "kernel_panics": found.panics(),
+        "folder": str(found.folder),
+    }
+
+
+def _qemu_status(found: Instance) -> str:
+    from ravectl.errors import RavectlError
+
+    try:
+        with found.ask() as monitor:
+            return str(monitor.ask("query-status")["status"])
+    except (RavectlError, ConnectionError):
+        return "does not answer"

@@ -1,0 +1,82 @@
+"""Options that several verbs share, and what they resolve to."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ravectl.errors import UsageError
+
+if TYPE_CHECKING:
+    from ravectl.instance import Instance
+    from ravectl.model import Plan
+    from ravectl.workspace import Workspace
+
+DEFAULT_NAME = "default"
+
+Name = Annotated[
+    str, typer.Option("--name", "-n", envvar="RAVECTL_NAME", help="Which instance, of several.")
+]
+Folder = Annotated[
+    Path | None,
+    typer.Option(
+        "--workspace", envvar="RAVECTL_WORKSPACE",
+        help="The workspace's folder; else the nearest one with rave.yaml or .rave.",
+    ),
+]  # fmt: skip
+Safe = Annotated[bool, typer.Option("--safe", help="The profile safe: 2 GB (default).")]
+FullPipe = Annotated[bool, typer.Option("--full-pipe", help="The profile full-pipe: 4 GB.")]
+ProfileName = Annotated[
+    str | None, typer.Option("--profile", "-p", help="A profile by name: see ravectl profiles.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
+
+
+def find_workspace(folder: Path | None) -> Workspace:
+    """The workspace that the options and the current folder name."""
+    from ravectl import workspace
+
+    return workspace.find(override=folder)
+
+
+def profile_flag(safe: bool, full_pipe: bool, name: str | None) -> str | None:
+    """The one profile that the flags name; UsageError when they name several."""
+    asked = [n for n, on in (("safe", safe), ("full-pipe", full_pipe), (name, name)) if on and n]
+    if len(set(asked)) > 1:
+        raise UsageError(
+            f"these options name several profiles: {', '.join(asked)}",
+            "give one of --safe, --full-pipe and --profile",
+        )
+    return asked[0] if asked else None
+
+
+def make_plan(flag: str | None, workspace: Workspace) -> Plan:
+    """The Plan of the profile asked for."""
+    from ravectl import plan, profile
+
+    chosen = profile.select(flag, os.environ, workspace.profile_file)
+    return plan.make_plan(**chosen.plan_arguments())
+
+
+def find_instance(folder: Path | None, name: str) -> Instance:
+    """The instance `name` of the workspace; RavectlError when it was never brought up."""
+    from ravectl.errors import RavectlError
+    from ravectl.instance import Instance
+    from ravectl.model import InstanceState
+
+    found = Instance(find_workspace(folder).instance_dir(name), name)
+    if found.state() is InstanceState.ABSENT:
+        suffix = "" if name == DEFAULT_NAME else f" --name {name}"
+        raise RavectlError(f"there is no instance {name!r} here", f"make it: ravectl up{suffix}")
+    return found
+
+
+def print_json(value: Any) -> None:
+    """Print a value of the model as JSON."""
+    from ravectl.model import to_json
+
+    print(json.dumps(to_json(value), indent=2))

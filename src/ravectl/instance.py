@@ -1,0 +1,297 @@
+"""An instance: its folder, its record, and the QEMU process that may belong to it.
+
+A process is ours when it runs QEMU under our uid with this instance's UUID (128 random bits)
+on its command line. No pid is kept anywhere, so none can go stale: a reboot of the host or a
+number that now belongs to another process changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+import select
+import signal
+import uuid as uuids
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ravectl import credentials, files, qemu, qmp, ssh
+from ravectl.errors import RavectlError
+from ravectl.model import (
+    INGRESS_PORT,
+    SSH_PORT,
+    Accelerator,
+    Endpoint,
+    EngineName,
+    InstanceState,
+    Plan,
+    from_json,
+    to_json,
+)
+
+VERSION = 1
+POWERED_OFF = "reboot: Power down"  # the kernel's last words at an orderly end
+PANIC = "Kernel panic - not syncing"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is remembered of an instance. `image` is None after a reset."""
+
+    version: int
+    uuid: str
+    image: str | None
+    engine: EngineName
+    plan: Plan
+    accelerator: Accelerator
+    ports: dict[str, int]  # guest port -> host port, as of the last start
+    started: float | None  # epoch seconds of the last start
+    up: bool  # started, and not brought down since
+
+
+@dataclass(frozen=True)
+class Process:
+    """A verified QEMU of ours."""
+
+    pid: int
+    started: float  # epoch seconds
+
+
+class Instance:
+    """The instance `name`, kept in `folder`."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder = folder
+        self.name = name
+        self.overlay = folder / "disk.qcow2"
+        self.console_log = folder / "console.log"
+        self.qemu_log = folder / "qemu.log"
+        self.monitor = folder / "qmp.sock"
+        self._record_file = folder / "instance.json"
+
+    @property
+    def record(self) -> Record | None:
+        """What is remembered; None for a new instance. Raises RavectlError when damaged."""
+        if not self._record_file.exists():
+            return None
+        value = files.read_json(self._record_file)
+        remedy = f"throw the instance away: rm -r '{self.folder}'"
+        if not isinstance(value, dict) or value.get("version") != VERSION:
+            raise RavectlError(
+                f"instance {self.name!r} was made by another version of ravectl", remedy
+            )
+        try:
+            return from_json(Record, value)
+        except (KeyError, ValueError, TypeError, AttributeError) as e:
+            raise RavectlError(
+                f"the record of instance {self.name!r} is damaged: {e}", remedy
+            ) from None
+
+    def save(self, record: Record) -> Record:
+        """Remember `record`."""
+        files.write_json(self._record_file, to_json(record), files.PRIVATE_FILE)
+        return record
+
+    def update(self, **changes: object) -> Record:
+        """Change fields of the record and remember it."""
+        record = self.require_record()
+        return self.save(replace(record, **changes))  # type: ignore[arg-type]
+
+    def require_record(self) -> Record:
+        """The record; RavectlError when there is none."""
+        record = self.record
+        if record is None:
+            raise RavectlError(f"there is no instance {self.name!r} here", "make it: ravectl up")
+        return record
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other ravectls off; RavectlError when one is at work on this instance."""
+        files.make_private_dir(self.folder)
+        with files.lock(self.folder / "lock", f"instance {self.name!r}"):
+            yield
+
+    # --- the process ---------------------------------------------------------------------------
+
+    def process(self) -> Process | None:
+        """Our QEMU if it runs, found by its UUID."""
+        record = self.record
+        return None if record is None else find_process(record.uuid)
+
+    def state(self) -> InstanceState:
+        """What is true now: by the process, and by how the last one ended."""
+        record = self.record
+        if record is None:
+            return InstanceState.ABSENT
+        if find_process(record.uuid):
+            return InstanceState.RUNNING
+        if record.up and POWERED_OFF not in self.console_tail(5):
+            return InstanceState.CRASHED
+        return InstanceState.STOPPED
+
+    def ask(self) -> qmp.Monitor:
+        """A connection to QEMU's monitor; raises ConnectionError when it does not run."""
+        try:
+            return qmp.Monitor(self.monitor)
+        except FileNotFoundError:
+            raise ConnectionError("QEMU's monitor is not there") from None
+
+    def host_started(self) -> float | None:
+        """Epoch seconds at which QEMU started, None when it does not run."""
+        process = self.process()
+        return process.started if process else None
+
+    # --- reaching it -----------------------------------------------------------------------------
+
+    def endpoint(self) -> Endpoint:
+        """Where it can be reached. Raises RavectlError when it was never started."""
+        record = self.require_record()
+        try:
+            ssh_port, https_port = (record.ports[str(p)] for p in (SSH_PORT, INGRESS_PORT))
+        except KeyError:
+            raise RavectlError(
+                f"instance {self.name!r} was never started", "start it: ravectl up"
+            ) from None
+        return Endpoint(ssh_port, https_port, record.plan.operator)
+
+    def keys(self) -> credentials.WorkspaceKeys:
+        """The keys of the workspace that it belongs to."""
+        state = self.folder.parent.parent
+        return credentials.ensure_workspace_keys(state / "ca", state / "ssh")
+
+    def credentials(self) -> credentials.InstanceCredentials:
+        """What it is handed at boot, made if need be."""
+        plan = self.require_record().plan
+        return credentials.ensure_instance(
+            self.folder, self.keys(), hostname=plan.hostname, operator=plan.operator
+        )
+
+    def target(self) -> ssh.Target:
+        """How SSH reaches it, with the host key that must answer."""
+        endpoint = self.endpoint()
+        return ssh.Target(
+            port=endpoint.ssh_port,
+            user=endpoint.operator,
+            key_file=self.keys().operator_key,
+            host_key=self.credentials().host_key,
+        )
+
+    def known_hosts(self) -> Path:
+        """A known_hosts file with its pinned key, for OpenSSH's client."""
+        path = self.folder / "known_hosts"
+        line = self.target().known_hosts_line
+        if not path.exists() or path.read_text() != line:
+            files.write_atomic(path, line, files.PRIVATE_FILE)
+        return path
+
+    # --- its console -----------------------------------------------------------------------------
+
+    def console_tail(self, lines: int) -> str:
+        """The last lines of its serial console, without control characters."""
+        return tail(self.console_log, lines)
+
+    def panics(self) -> int:
+        """How often its kernel panicked since the last start."""
+        return _read_end(self.console_log, 2**20).count(PANIC)
+
+    def console_has(self, text: str) -> bool:
+        """Whether its console said `text` since the last start."""
+        return text in _read_end(self.console_log, 2**20)
+
+
+def new_record(plan: Plan, engine: EngineName) -> Record:
+    """The record of an instance that was never started."""
+    return Record(
+        VERSION, str(uuids.uuid4()), None, engine, plan, Accelerator.TCG, {}, None, up=False
+    )
+
+
+def list_instances(folder: Path) -> list[Instance]:
+    """Every instance that has a record, by name."""
+    if not folder.is_dir():
+        return []
+    found = [Instance(p, p.name) for p in sorted(folder.iterdir()) if p.is_dir()]
+    return [i for i in found if (i.folder / "instance.json").exists()]
+
+
+def find_process(uuid: str) -> Process | None:
+    """The QEMU of this user that was started with `-uuid uuid`."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and _is_ours(int(entry.name), uuid):
+            with contextlib.suppress(OSError, ValueError):
+                return Process(int(entry.name), _start_time(int(entry.name)))
+    return None
+
+
+def _is_ours(pid: int, uuid: str) -> bool:
+    with contextlib.suppress(OSError):
+        folder = Path(f"/proc/{pid}")
+        words = (folder / "cmdline").read_bytes().split(b"\0")
+        if os.path.basename(words[0]) != qemu.PROGRAM.encode():  # noqa: PTH119 - bytes
+            return False
+        return (b"-uuid", uuid.encode()) in itertools.pairwise(words) and (
+            folder.stat().st_uid == os.geteuid()
+        )
+    return False
+
+
+def _start_time(pid: int) -> float:
+    """Epoch seconds at which a process started: proc_pid_stat(5), field 22, and btime."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    if fields[0] in "ZX":
+        raise ValueError("it has ended")
+    boot = re.search(r"^btime (\d+)$", Path("/proc/stat").read_text(), re.M)
+    assert boot is not None
+    return int(boot[1]) + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def wait_gone(uuid: str, timeout: float) -> bool:
+    """Wait up to `timeout` seconds for our QEMU to end; whether it did."""
+    with _pidfd(uuid) as fd:
+        if fd is None:
+            return True
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        return bool(poll.poll(timeout * 1000))
+
+
+def send_signal(uuid: str, number: signal.Signals) -> None:
+    """Signal our QEMU, and surely no other process; nothing happens when it is gone."""
+    with _pidfd(uuid) as fd:
+        if fd is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(fd, number)
+
+
+@contextlib.contextmanager
+def _pidfd(uuid: str) -> Iterator[int | None]:
+    """A handle on our QEMU: what is verified after it was opened stays true of it."""
+    process = find_process(uuid)
+    fd = None
+    if process is not None:
+        with contextlib.suppress(ProcessLookupError):
+            fd = os.pidfd_open(process.pid)
+    try:
+        yield fd if process and fd is not None and _is_ours(process.pid, uuid) else None
+    finally:
+        if fd is not None:
+            os.close(fd)
+
+
+def tail(path: Path, lines: int) -> str:
+    """The last lines of a log, without control characters."""
+    text = re.sub(r"\x1b(\[[0-9;?!]*[A-Za-z]|[()].)", "", _read_end(path, 2**18))
+    clean = "".join(c for c in text if c in "\n\t" or c >= " ")
+    return "\n".join([line for line in clean.splitlines() if line.strip()][-lines:])
+
+
+def _read_end(path: Path, limit: int) -> str:
+    try:
+        with path.open("rb") as f:
+            f.seek(max(0, path.stat().st_size - limit))
+            return f.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ""

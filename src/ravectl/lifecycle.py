@@ -1,0 +1,520 @@
+"""Up, down, reset: what takes an image, an instance, QEMU and SSH together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ravectl import command, console, files, health, images, kvm, qemu, qmp, ssh
+from ravectl.errors import DeadlineError, HostError, RavectlError
+from ravectl.instance import (
+    Instance,
+    Record,
+    find_process,
+    new_record,
+    send_signal,
+    tail,
+    wait_gone,
+)
+from ravectl.model import (
+    INGRESS_PORT,
+    SSH_ANNOUNCEMENT,
+    SSH_PORT,
+    Accelerator,
+    EngineName,
+    Image,
+    InstanceState,
+    Plan,
+)
+from ravectl.verify import VerifyTarget
+from ravectl.workspace import Workspace
+
+UP_SECONDS = 300.0  # on a loaded host under TCG a boot takes up to 150 s
+DOWN_SECONDS = 60.0
+QUIT_SECONDS = 10.0
+MAX_PANICS = 2
+KERNEL_STUCK_SECONDS = 60.0
+
+
+class _NoKvmError(Exception):
+    """KVM gave up while the machine booted."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """What `up` did."""
+
+    instance: Instance
+    already: bool
+    accelerator: Accelerator
+    first_ssh_seconds: float
+    healthy_seconds: float
+
+
+def up(
+    workspace: Workspace,
+    name: str,
+    plan: Plan,
+    get_image: Callable[[], Image],
+    *,
+    accelerator: Accelerator | None = None,
+    timeout: float = UP_SECONDS,
+    keep_failed: bool = False,
+) -> Started:
+    """Bring the instance up and wait until every service of its Plan answers.
+
+    An instance that exists keeps its disk and image; a new one gets the image that
+    `get_image` returns. `timeout` is in seconds, for all of it. When it fails the machine is
+    stopped again, unless `keep_failed`. Raises RavectlError with the unit that did not start
+    and its last lines, HostError when this host lacks something.
+    """
+    workspace.prepare()
+    instance = Instance(workspace.instance_dir(name), name)
+    with instance.lock():
+        if instance.state() is InstanceState.RUNNING:
+            record = instance.require_record()
+            return Started(instance, True, record.accelerator, 0.0, 0.0)
+        command.find_tool(qemu.PROGRAM, "install it: apt-get install qemu-system-x86")
+        image = _prepare(instance, plan, get_image)
+        _require_memory(image.plan)
+        chosen = accelerator or choose_accelerator()
+        try:
+            return _start(instance, image, chosen, timeout, keep_failed)
+        except _NoKvmError as e:
+            console.note(f"KVM stopped the machine ({e}); once more, emulated (TCG)")
+            return _start(instance, image, Accelerator.TCG, timeout, keep_failed)
+
+
+def choose_accelerator() -> Accelerator:
+    """KVM where a guest runs under it, else TCG, with a line that says why."""
+    verdict = kvm.probe()
+    if verdict.works:
+        return Accelerator.KVM
+    console.note(f"no KVM, so QEMU emulates (TCG), which is slower: {verdict.reason}")
+    return Accelerator.TCG
+
+
+def _prepare(instance: Instance, plan: Plan, get_image: Callable[[], Image]) -> Image:
+    """The image of the instance, with an overlay on it."""
+    record = instance.record or new_record(plan, EngineName.DEBIAN)
+    if record.image is not None and instance.overlay.exists():
+        if record.plan != plan:
+            console.warn(
+                f"instance {instance.name!r} keeps the machine that it was made from; the profile "
+                "has changed since: ravectl reset moves to it and loses what is on the disk"
+            )
+        image = _image_of(instance, record.image)
+    else:
+        image = get_image()
+        instance.overlay.unlink(missing_ok=True)
+        _make_overlay(instance.overlay, image)
+        record = Record(
+            record.version, record.uuid, image.digest, image.engine, image.plan,
+            record.accelerator, record.ports, None, up=False,
+        )  # fmt: skip
+    instance.save(record)
+    # the cache may have moved since: the overlay names its image by path
+    command.run(
+        ["qemu-img", "rebase", "-u", "-f", "qcow2", "-F", image.format, "-b", image.disk,
+         instance.overlay],
+        hint="the disk is damaged; ravectl reset makes a new one (what is on it is lost)",
+    )  # fmt: skip
+    return image
+
+
+def _image_of(instance: Instance, digest: str) -> Image:
+    try:
+        return images.find(digest)
+    except RavectlError as e:
+        raise RavectlError(
+            f"the image {digest} of instance {instance.name!r} cannot be used: {e.message}",
+            "make it again: ravectl build; or give the instance up: ravectl reset",
+        ) from None
+
+
+def _make_overlay(overlay: Path, image: Image) -> None:
+    files.require_space(overlay, 2**30, "the disk of an instance")
+    command.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", image.disk, "-F", image.format,
+                 overlay])  # fmt: skip
+    overlay.chmod(files.PRIVATE_FILE)
+
+
+def _require_memory(plan: Plan) -> None:
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
+    free = int(found[1]) // 1024 if found else 0
+    need = plan.machine.memory_mb + qemu.OVERHEAD_MB
+    if free < need:
+        raise HostError(
+            f"the machine needs {need} MB of memory, this host has {free} MB free",
+            "stop something (ravectl status shows the machines), or lower machine.memory",
+        )
+
+
+# --- start -------------------------------------------------------------------------------------
+
+
+def _start(
+    instance: Instance, image: Image, accelerator: Accelerator, timeout: float, keep: bool
+) -> Started:
+    began = time.monotonic()
+    deadline = began + timeout
+    with contextlib.ExitStack() as stack:
+        guard = stack.enter_context(_launch(instance, image, accelerator, stop=not keep))
+        with console.step(f"starting {instance.name} ({accelerator.value})") as step:
+            step.update("the kernel")
+            with _connected(instance, deadline, step) as connection:
+                first = time.monotonic() - began
+                _wait_healthy(instance, connection, deadline, step)
+        guard.release()
+    return Started(instance, False, accelerator, first, time.monotonic() - began)
+
+
+class _Guard:
+    """A process that ends QEMU if this one dies before it says `keep`."""
+
+    def __init__(self, uuid: str, pid: int) -> None:
+        read, self._write = os.pipe()
+        # what it verifies before it kills: that the number still runs this machine
+        script = (
+            'read -r word; [ "$word" = keep ] && exit; '
+            'grep -q -- "$1" "/proc/$2/cmdline" && kill -KILL "$2"'
+        )
+        argv = ["sh", "-c", script, "rave-guard", uuid, str(pid)]
+        try:
+            self._process = command.spawn(argv, stdin=read)
+        finally:
+            os.close(read)
+
+    def release(self) -> None:
+        """Let QEMU live on without us."""
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._write, b"keep\n")
+        self._end()
+
+    def abandon(self) -> None:
+        """End the guard after QEMU was ended."""
+        self._end()
+
+    def _end(self) -> None:
+        if self._write >= 0:
+            os.close(self._write)
+            self._write = -1
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=5)
+
+
+@contextlib.contextmanager
+def _launch(
+    instance: Instance, image: Image, accelerator: Accelerator, *, stop: bool
+) -> Iterator[_Guard]:
+    """A running QEMU; on an exception it is ended again (if `stop`)."""
+    record = instance.update(accelerator=accelerator, started=time.time(), up=True)
+    given = instance.credentials()
+    if instance.console_log.exists():
+        instance.console_log.replace(instance.folder / "console.previous.log")
+    instance.console_log.touch(files.PRIVATE_FILE)
+    instance.qemu_log.unlink(missing_ok=True)
+    with qmp.listen(instance.monitor) as monitor:
+        launch = qemu.Launch(
+            name=instance.name,
+            uuid=record.uuid,
+            accelerator=accelerator,
+            memory_mb=image.plan.machine.memory_mb,
+            cpus=image.plan.machine.cpus,
+            kernel=image.kernel,
+            initrd=image.initrd,
+            cmdline=image.cmdline,
+            overlay=instance.overlay,
+            console_log=instance.console_log,
+            credentials=given.files,
+            egress=image.plan.network.egress,
+            monitor_fd=monitor.fileno(),
+        )
+        process = command.spawn(
+            qemu.arguments(launch), log=instance.qemu_log, pass_fds=[monitor.fileno()]
+        )
+    guard = _Guard(record.uuid, process.pid)
+    try:
+        _let_go(instance, image.plan, process)
+        yield guard
+    except BaseException:
+        if stop:
+            command.kill_group(process)
+            instance.update(up=False)
+            guard.abandon()
+        else:
+            guard.release()
+            console.note(f"the machine was left as it is; end it: {_verb('down', instance)}")
+        raise
+
+
+def _let_go(instance: Instance, plan: Plan, process: subprocess.Popen[bytes]) -> None:
+    """Forward the ports of the paused machine and start its processors."""
+    try:
+        with instance.ask() as monitor:
+            ports = _forward(instance, plan, monitor)
+            instance.update(ports={str(guest): host for guest, host in ports.items()})
+            monitor.ask("cont")
+    except (ConnectionError, DeadlineError):
+        raise _qemu_ended(instance, process.poll()) from None
+
+
+def _forward(instance: Instance, plan: Plan, monitor: qmp.Monitor) -> dict[int, int]:
+    demanded = {SSH_PORT: plan.network.ssh_host_port, INGRESS_PORT: plan.network.https_host_port}
+    last = {int(k): v for k, v in instance.require_record().ports.items()}
+    for wish in qemu.wishes(demanded, last):
+        for port in wish.candidates():
+            # QEMU binds it or refuses: nobody can take it in between
+            if not monitor.human(qemu.forward(port, wish.guest_port)).strip():
+                break
+        else:
+            raise HostError(
+                f"port {wish.demanded} of this host is taken{_holder(wish.demanded)}",
+                "end that program, or change network.ssh_port / https_port in the profile",
+            )
+    return qemu.forwarded(monitor.human("info usernet"))
+
+
+def _holder(port: int | None) -> str:
+    """Who listens on a port, as far as `ss` may tell."""
+    with contextlib.suppress(RavectlError):
+        out = command.run(["ss", "-Hltnp", f"sport = :{port}"], check=False).stdout
+        if found := re.search(r'users:\(\("([^"]+)",pid=(\d+)', out):
+            return f" by {found[1]} (process {found[2]})"
+    return ""
+
+
+def _qemu_ended(instance: Instance, code: int | None) -> RavectlError:
+    how = "does not answer" if code is None else f"ended by itself (exit {code})"
+    text = tail(instance.qemu_log, 10) or instance.console_tail(10)
+    return RavectlError(
+        f"QEMU {how} while the machine was started",
+        "see what this host lacks: ravectl doctor",
+        details=text,
+    )
+
+
+# --- wait --------------------------------------------------------------------------------------
+
+
+class _Watch:
+    """Looks whether the booting machine still lives; cheap enough to call often."""
+
+    def __init__(self, instance: Instance) -> None:
+        self._instance = instance
+        self._next = 0.0
+        self._panics = 0
+        self._announced = False
+        self._kvm = instance.require_record().accelerator is Accelerator.KVM
+
+    def look(self) -> bool:
+        """Whether the guest said that SSH listens. Raises RavectlError when it died."""
+        if time.monotonic() < self._next:
+            return self._announced
+        self._next = time.monotonic() + 0.2
+        self._check_panics()
+        self._check_process()
+        self._announced = self._instance.console_has(SSH_ANNOUNCEMENT)
+        return self._announced
+
+    def _check_panics(self) -> None:
+        panics = self._instance.panics()
+        if panics >= MAX_PANICS:
+            raise RavectlError(
+                f"the machine's kernel panicked {panics} times while it started",
+                "try again; if it stays so, build the image anew: ravectl gc; ravectl build",
+                details=self._instance.console_tail(15),
+            )
+        if panics > self._panics:
+            console.note("the machine's kernel panicked and restarts itself; waiting on")
+        self._panics = panics
+
+    def _check_process(self) -> None:
+        try:
+            with self._instance.ask() as monitor:
+                status = monitor.ask("query-status")["status"]
+        except (ConnectionError, DeadlineError):
+            if self._kvm:
+                raise _NoKvmError("QEMU ended") from None
+            raise _qemu_ended(self._instance, None) from None
+        if status in ("internal-error", "guest-panicked", "io-error"):
+            if self._kvm and status == "internal-error":
+                raise _NoKvmError("internal-error")
+            raise RavectlError(
+                f"QEMU stopped the machine ({status})",
+                "see the space on this host's disk, then: ravectl up",
+                details=self._instance.console_tail(15),
+            )
+
+
+@contextlib.contextmanager
+def _connected(instance: Instance, deadline: float, step: console.Step) -> Iterator[ssh.Connection]:
+    """An SSH connection to the booting machine."""
+    watch = _Watch(instance)
+    target = instance.target()
+    step.update("the SSH server")
+    try:
+        connection = ssh.connect_when_ready(target, deadline, watch.look)
+    except DeadlineError as e:
+        raise DeadlineError(
+            "the machine's SSH server did not answer in time",
+            f"look at its console: {_verb('console', instance)}; on a loaded host: --timeout",
+            details=instance.console_tail(15) or e.details,
+        ) from None
+    with connection:
+        yield connection
+
+
+def _wait_healthy(
+    instance: Instance, connection: ssh.Connection, deadline: float, step: console.Step
+) -> None:
+    """Wait until every service of the Plan answers, by one stream from the guest."""
+    record = instance.require_record()
+    last = health.Progress(("every service",), ())
+
+    def take(line: str) -> bool:
+        nonlocal last
+        progress = health.parse(line)
+        if progress is None:
+            return True
+        last = progress
+        step.update(", ".join(progress.waiting))
+        return bool(progress.waiting) and not progress.failed
+
+    text = health.script(record.plan, record.engine)
+    try:
+        connection.stream(f"bash -c {shlex.quote(text)}", take, deadline=deadline)
+    except DeadlineError:
+        pass
+    except ConnectionError:
+        raise RavectlError(
+            "the connection to the machine broke while its services started",
+            f"look at its console: {_verb('console', instance)}",
+            details=instance.console_tail(15),
+        ) from None
+    if not last.healthy:
+        raise _unhealthy(instance, connection, last)
+
+
+def _unhealthy(
+    instance: Instance, connection: ssh.Connection, last: health.Progress
+) -> RavectlError:
+    record = instance.require_record()
+    name = (last.failed or last.waiting)[0]
+    unit = next((s.unit[record.engine.value] for s in record.plan.services if s.name == name), name)
+    lines = ""
+    with contextlib.suppress(RavectlError, ConnectionError):
+        lines = connection.run(
+            ["sudo", "journalctl", "--no-pager", "--output=cat", "--lines=12", "--unit", unit],
+            timeout=20,
+        ).stdout
+    others = len(last.failed or last.waiting) - 1
+    more = f" (and {others} more)" if others > 0 else ""
+    how = "failed" if last.failed else "did not answer in time"
+    kind: type[RavectlError] = RavectlError if last.failed else DeadlineError
+    return kind(
+        f"service {name} ({unit}) {how}{more}",
+        f"look closer: ravectl up --keep-failed, then {_verb('logs ' + name, instance)}",
+        details=lines or instance.console_tail(12),
+    )
+
+
+def _verb(verb: str, instance: Instance) -> str:
+    return f"ravectl {verb}" + ("" if instance.name == "default" else f" --name {instance.name}")
+
+
+# --- down, reset -------------------------------------------------------------------------------
+
+
+def down(instance: Instance, timeout: float = DOWN_SECONDS) -> str:
+    """Stop the instance: ask the guest, then QEMU, then the kernel; return which of them did it.
+
+    `timeout` is in seconds, for the guest. The disk is consistent each way: its file system
+    has a journal, and QEMU writes out what it holds before it quits.
+    """
+    with instance.lock():
+        record = instance.require_record()
+        if find_process(record.uuid) is None:
+            instance.update(up=False)
+            return "it was not running"
+        with console.step(f"stopping {instance.name}") as step:
+            how = _stop(instance, record.uuid, timeout, step)
+        instance.update(up=False)
+        return how
+
+
+def _stop(instance: Instance, uuid: str, timeout: float, step: console.Step) -> str:
+    with contextlib.suppress(RavectlError, ConnectionError):
+        with instance.ask() as monitor:
+            running = monitor.ask("query-status")["status"] == "running"
+            if running:
+                monitor.ask("system_powerdown")
+        step.update("the guest shuts down")
+        if running and wait_gone(uuid, timeout):
+            return "the guest shut down"
+    with contextlib.suppress(RavectlError, ConnectionError):
+        step.update("QEMU")
+        with instance.ask() as monitor:
+            monitor.ask("quit")
+        if wait_gone(uuid, QUIT_SECONDS):
+            return "the guest did not react; QEMU quit"
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        step.update(number.name)
+        send_signal(uuid, number)
+        if wait_gone(uuid, QUIT_SECONDS):
+            return f"QEMU did not react; ended by {number.name}"
+    raise RavectlError("QEMU does not end, not even by SIGKILL", "restart this host")
+
+
+def reset(instance: Instance) -> None:
+    """Throw the instance's disk away; its name, ports and credentials stay.
+
+    The next `up` makes a new disk on the image that the profile then gives.
+    """
+    down(instance)
+    with instance.lock():
+        instance.update(image=None)
+        instance.overlay.unlink(missing_ok=True)
+        instance.console_log.unlink(missing_ok=True)
+
+
+# --- verify ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def verify_target(instance: Instance) -> Iterator[VerifyTarget]:
+    """What `verify` needs of a running instance, with a connection that is closed after."""
+    state = instance.state()
+    if state is not InstanceState.RUNNING:
+        raise RavectlError(
+            f"instance {instance.name!r} is {state.value}", f"start it: {_verb('up', instance)}"
+        )
+    record, given = instance.require_record(), instance.credentials()
+    try:
+        connection = ssh.Connection(instance.target())
+    except OSError as e:
+        raise RavectlError(
+            f"the machine does not answer: {e}", f"see {_verb('status', instance)}"
+        ) from None
+    with connection:
+        yield VerifyTarget(
+            instance=instance.name,
+            plan=record.plan,
+            engine=record.engine,
+            image_digest=record.image or "",
+            endpoint=instance.endpoint(),
+            connection=connection,
+            ca_cert=instance.keys().ca_cert,
+            ingress_user=given.ingress_user,
+            ingress_password=given.ingress_password(),
+            router_key=given.router_key(),
+            host_started=instance.host_started(),
+        )
