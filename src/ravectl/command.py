@@ -27,6 +27,7 @@ TAIL_LINES = 15
 GRACE_SECONDS = 3.0  # between TERM and KILL; as long as clan-core waits
 
 Argv = Sequence[str | os.PathLike[str]]
+Process = subprocess.Popen[bytes]
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def spawn(
     stdin: int | None = None,
     pass_fds: Sequence[int] = (),
     env: Mapping[str, str] | None = None,
-) -> subprocess.Popen[bytes]:
+) -> Process:
     """Start a command that outlives this process, in a session of its own.
 
     Its output is appended to `log` (mode 0600) or dropped.
@@ -176,7 +177,7 @@ def isolated(argv: Argv) -> list[str | os.PathLike[str]]:
     ]  # fmt: skip
 
 
-def kill_group(process: subprocess.Popen[bytes]) -> None:
+def kill_group(process: Process) -> None:
     """End a command started by us and its children: TERM, a pause, KILL."""
     for sig, wait in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
         with contextlib.suppress(ProcessLookupError):
@@ -186,13 +187,19 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
             return
 
 
+def wait_quietly(process: Process, seconds: float) -> None:
+    """Wait up to `seconds` for a spawned command to end, so that it leaves no zombie."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=seconds)
+
+
 def _start(
     words: Sequence[str],
     *,
     env: Mapping[str, str] | None,
     cwd: Path | None,
     pass_fds: Sequence[int],
-) -> subprocess.Popen[bytes]:
+) -> Process:
     # setpriv(1) execs, so it costs no process; it asks the kernel to end the command when
     # we end. KILL, because unshare(1) blocks TERM while its child runs.
     prefix = [find_tool("setpriv"), "--pdeathsig", "KILL", "--"]
@@ -209,7 +216,7 @@ def _start(
     )
 
 
-def _feed(process: subprocess.Popen[bytes], data: bytes) -> None:
+def _feed(process: Process, data: bytes) -> None:
     assert process.stdin is not None
     # a command may end without reading all its input; its exit code says whether that is bad
     with contextlib.suppress(BrokenPipeError), process.stdin as pipe:

@@ -44,11 +44,16 @@ class Inputs:
         return files.digest_value(value)[:16]
 
 
+def render_debian(plan: Plan) -> RenderedTree:
+    """The configuration layer of a Plan for Debian."""
+    return render(files.find_data("templates") / "debian", plan, accounts=plan.accounts)
+
+
 def resolve_debian(
     plan: Plan, fmt: ImageFormat, *, compress: bool, say: Callable[[str], None]
 ) -> Inputs:
     """Render the Plan for Debian and find (or make) the base it goes on."""
-    tree = render(files.find_data("templates") / "debian", plan, accounts=plan.accounts)
+    tree = render_debian(plan)
     base = debian.ensure_base(files.cache_dir(), plan.accounts, say)
     return Inputs(plan, tree, base, fmt, compress)
 

@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -207,8 +206,7 @@ class _Guard:
         if self._write >= 0:
             os.close(self._write)
             self._write = -1
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=5)
+        command.wait_quietly(self._process, 5.0)
 
 
 @contextlib.contextmanager
@@ -256,7 +254,7 @@ def _launch(
         raise
 
 
-def _let_go(instance: Instance, plan: Plan, process: subprocess.Popen[bytes]) -> None:
+def _let_go(instance: Instance, plan: Plan, process: command.Process) -> None:
     """Forward the ports of the paused machine and start its processors."""
     try:
         with instance.ask() as monitor:

@@ -8,6 +8,7 @@ also in parallel, because a new one costs over a second under TCG.
 from __future__ import annotations
 
 import contextlib
+import logging
 import shlex
 import socket
 import threading
@@ -20,6 +21,10 @@ from types import TracebackType
 import paramiko
 
 from ravectl.errors import DeadlineError, RavectlError
+
+# paramiko logs a traceback for every handshake that fails, and a booting machine fails some;
+# what went wrong is in the exceptions that we raise
+logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)
 
 HOST = "127.0.0.1"
 # What sshd's MaxSessions allows on one connection by default (sshd_config(5)), less a margin.

@@ -24,6 +24,8 @@ ROWS = [
         "ssh",
         "kvm",
         "workspace",
+        "health",
+        "imagelock",
     },
     {"images", "instance", "verify", "doctor"},
     {"rotate", "lifecycle", "building"},
