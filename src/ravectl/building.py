@@ -1,13 +1,26 @@
-"""Build: from a Plan to an image in the store, with what a person sees meanwhile."""
+"""Build: from a Plan to an image in the store; what builds promise beyond that; what to keep."""
 
 from __future__ import annotations
 
+import itertools
+import os
+import stat
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
-from ravectl import console, images
-from ravectl.errors import UsageError
-from ravectl.model import Image, ImageFormat, Plan
+from ravectl import command, console, files, imagelock, images
+from ravectl.engines import debian
+from ravectl.errors import RavectlError, UsageError
+from ravectl.imagelock import LOCK_FILE, Lock
+from ravectl.instance import Instance
+from ravectl.model import EngineName, Image, ImageFormat, Plan
+from ravectl.plan import ACCOUNTS
 from ravectl.workspace import Workspace
+
+CHECK_BYTES = 8 * 2**30  # two bases, two images
+SPARED_SECONDS = 60.0  # an image that was asked for this recently may be about to get an overlay
+MAX_SHOWN = 12
 
 
 @dataclass(frozen=True)
@@ -27,11 +40,187 @@ def image_format(name: str) -> ImageFormat:
     return ImageFormat(name)
 
 
-def build(request: Request, workspace: Workspace, *, locked: bool = False) -> Image:
-    """The image of `request`, from the store or made now."""
-    with console.step(f"image {request.plan.profile}") as step:
-        inputs = images.resolve_debian(
-            request.plan, request.format, compress=request.compress, say=step.update
-        )
-        image, _ = images.ensure_image(inputs, step.update)
+def build(
+    request: Request, workspace: Workspace, *, locked: bool = False, update: bool = False
+) -> Image:
+    """The image of `request`, from the store or made now.
+
+    rave.lock is written when what the image is made of has changed; with `locked` a change is
+    refused instead. `update` takes the mirror's packages of today. Raises RavectlError naming
+    what drifted, or what failed; HostError when this host lacks something.
+    """
+    lock_file = workspace.root / LOCK_FILE
+    inputs = _locked(request, lock_file) if locked else _resolve(request, fresh=update)
+    image, made = images.ensure_image(inputs)
+    console.note(f"image {image.digest} {'is made' if made else 'was there already'}")
+    if not locked and imagelock.write(lock_file, lock_of(inputs.base)):
+        console.note(f"{lock_file} names what it is made of")
     return image
+
+
+def _resolve(request: Request, *, fresh: bool = False) -> images.Inputs:
+    return images.resolve_debian(
+        request.plan, request.format, compress=request.compress, fresh=fresh
+    )
+
+
+def _locked(request: Request, lock_file: Path) -> images.Inputs:
+    wanted = imagelock.read(lock_file)
+    inputs = _resolve(request)
+    if imagelock.drift(wanted, lock_of(inputs.base)):
+        # the cache may be of another day than the lock; the mirror may have what it names
+        console.note(f"the cached packages are not those of {LOCK_FILE}: asking the mirror")
+        inputs = images.resolve_debian(
+            request.plan,
+            request.format,
+            compress=request.compress,
+            fresh=True,
+            accept=lambda base: imagelock.require_same(wanted, lock_of(base)),
+        )
+    return inputs
+
+
+def lock_of(base: debian.Base) -> Lock:
+    """What rave.lock says of an image on this base."""
+    return Lock(
+        engine=EngineName.DEBIAN.value,
+        suite=debian.SUITE,
+        packages=tuple((p.name, p.version, p.sha256) for p in base.packages),
+        npm=tuple(sorted((p.name, p.version, p.integrity) for p in debian.NPM_PARTS)),
+    )
+
+
+def export(image: Image, output: Path) -> None:
+    """Copy the image's disk to `output`, whole or not at all; UsageError when that cannot be."""
+    if output.is_dir():
+        raise UsageError(f"{output} is a folder", f"name a file: {output}/rave.{image.format}")
+    if not output.absolute().parent.is_dir():
+        raise UsageError(
+            f"there is no folder {output.absolute().parent}",
+            f"make it: mkdir -p '{output.absolute().parent}'",
+        )
+    files.require_space(output.absolute().parent, image.disk.stat().st_blocks * 512, "the copy")
+    part = output.with_name(f".{output.name}.part")
+    try:
+        command.run(["cp", "--sparse=always", "--reflink=auto", image.disk, part])
+        part.replace(output)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# --- the same twice? ---------------------------------------------------------------------------
+
+
+def check(request: Request) -> str:
+    """Build twice from nothing, compare the bits, and return the digest of the disk.
+
+    Neither cache nor store is used or changed. Raises RavectlError naming the files in which
+    the two differ.
+    """
+    debian.require_root()
+    cache = files.make_dir(files.cache_dir())
+    files.require_space(cache, CHECK_BYTES, "building twice")
+    with files.staging(cache, "check") as stage:
+        made = [_build_apart(request, stage / f"build{n}") for n in (1, 2)]
+        (base1, image1), (base2, image2) = made
+        if image1.hashes == image2.hashes:
+            return image1.hashes[image1.disk.name]
+        if moved := imagelock.drift(lock_of(base1), lock_of(base2)):
+            raise RavectlError(
+                "the mirror changed between the two builds",
+                "run it again",
+                details="\n".join(moved[:MAX_SHOWN]),
+            )
+        lines = tree_differences(base1.root, base2.root)
+        lines += [n for n in image1.hashes if image1.hashes[n] != image2.hashes[n]]
+        raise RavectlError(
+            "two builds of the same inputs differ",
+            "report it: a build must give the same bits",
+            details="\n".join(lines[:MAX_SHOWN]),
+        )
+
+
+def _build_apart(request: Request, folder: Path) -> tuple[debian.Base, Image]:
+    folder.mkdir()
+    with console.step(folder.name):
+        base = debian.make_base(folder, request.plan.accounts)
+        tree = images.render_debian(request.plan)
+        inputs = images.Inputs(request.plan, tree, base, request.format, request.compress)
+        images.make_image(inputs, folder / "image")
+    return base, images.load(folder / "image")
+
+
+def tree_differences(one: Path, two: Path) -> list[str]:
+    """The paths at which two trees differ in kind, mode, owner, size or content, sorted."""
+    known = {p: _fingerprint(one / p) for p in _paths(one)}
+    other = {p: _fingerprint(two / p) for p in _paths(two)}
+    return sorted(str(p) for p in known.keys() | other.keys() if known.get(p) != other.get(p))
+
+
+def _paths(root: Path) -> list[Path]:
+    found = []
+    for folder, folders, names in os.walk(root):
+        found += [(Path(folder) / n).relative_to(root) for n in itertools.chain(folders, names)]
+    return found
+
+
+def _fingerprint(path: Path) -> tuple[object, ...]:
+    s = path.lstat()
+    if stat.S_ISLNK(s.st_mode):
+        content: object = str(path.readlink())
+    elif stat.S_ISREG(s.st_mode):
+        content = files.digest_file(path)
+    else:
+        content = None
+    return s.st_mode, s.st_uid, s.st_gid, content
+
+
+# --- what to keep ------------------------------------------------------------------------------
+
+
+def collect(*, dry_run: bool, everything: bool = False) -> list[tuple[Path, int]]:
+    """Remove images that no instance of any workspace uses, and bases of other recipes.
+
+    With `everything` the current base goes too. Returns what was removed (or would be, with
+    `dry_run`) with its size in bytes.
+    """
+    if not files.cache_dir().is_dir():
+        return []
+    store = files.make_dir(images.store_dir())
+    debians = files.make_dir(files.cache_dir() / "debian")
+    with (
+        files.lock(store / "lock", "the image store"),
+        files.lock(debians / "lock", "the cache of Debian bases"),
+    ):
+        doomed = _unused_images(store) + _unused_bases(debians, everything)
+        found = [(path, _size(path)) for path in doomed]
+        if not dry_run:
+            for path in doomed:
+                files.remove_tree(path)
+    return found
+
+
+def _unused_images(store: Path) -> list[Path]:
+    used = set()
+    for root in images.roots():
+        record = Instance(root, root.name).record
+        if record is not None and record.image is not None:
+            used.add(record.image)
+    now = time.time()
+    return [
+        p
+        for p in sorted(store.iterdir())
+        if p.is_dir()
+        and p.name not in used
+        and not p.name.startswith("making.")
+        and now - p.stat().st_mtime > SPARED_SECONDS
+    ]
+
+
+def _unused_bases(folder: Path, everything: bool) -> list[Path]:
+    keep = set() if everything else {f"base-{debian.base_key(ACCOUNTS)}"}
+    return [p for p in sorted(folder.glob("base-*")) if p.name not in keep]
+
+
+def _size(path: Path) -> int:
+    return sum(p.lstat().st_blocks * 512 for p in path.rglob("*"))

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -72,6 +72,68 @@ def run(
     """
     words = tuple(os.fspath(a) for a in argv)
     process = _start(words, env=env, cwd=cwd, pass_fds=pass_fds)
+    result = _finish(process, words, stdin, timeout, hint, redact, on_line)
+    if check and result.returncode != 0:
+        raise failure(result, hint, redact)
+    return result
+
+
+class Background:
+    """A command that runs while its maker does something else; made by `background`."""
+
+    def __init__(self, words: tuple[str, ...], process: Process, timeout: float, hint: str) -> None:
+        self._process = process
+        self._hint = hint
+        self._outcome: Result | BaseException | None = None
+        self._thread = threading.Thread(target=self._watch, args=(words, timeout), daemon=True)
+        self._thread.start()
+
+    def _watch(self, words: tuple[str, ...], timeout: float) -> None:
+        try:
+            self._outcome = _finish(self._process, words, b"", timeout, self._hint, (), None)
+        except RavectlError as e:
+            self._outcome = e
+
+    def result(self) -> Result:
+        """Wait for its end; raises as `run` does."""
+        self._thread.join()
+        if isinstance(self._outcome, BaseException):
+            raise self._outcome
+        assert self._outcome is not None
+        if self._outcome.returncode != 0:
+            raise failure(self._outcome, self._hint)
+        return self._outcome
+
+    def end(self) -> None:
+        """End the command if it still runs."""
+        if self._process.poll() is None:
+            kill_group(self._process)
+        self._thread.join(timeout=GRACE_SECONDS)
+
+
+@contextlib.contextmanager
+def background(
+    argv: Argv, *, timeout: float = 600.0, cwd: Path | None = None, hint: str = ""
+) -> Iterator[Background]:
+    """Run a command beside the block; it does not outlive the block."""
+    words = tuple(os.fspath(a) for a in argv)
+    running = Background(words, _start(words, env=None, cwd=cwd, pass_fds=()), timeout, hint)
+    try:
+        yield running
+    finally:
+        running.end()
+
+
+def _finish(
+    process: Process,
+    words: tuple[str, ...],
+    stdin: bytes,
+    timeout: float,
+    hint: str,
+    redact: Sequence[str],
+    on_line: Callable[[str], None] | None,
+) -> Result:
+    """Feed a started command, gather what it prints, and wait for its end."""
     started = time.monotonic()
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     out: list[bytes] = []
@@ -109,16 +171,13 @@ def run(
         raise DeadlineError(f"{words[0]} did not finish within {timeout:.0f} s", hint)
     for t in threads:
         t.join(timeout=GRACE_SECONDS)
-    result = Result(
+    return Result(
         words,
         process.returncode,
         b"".join(out).decode(errors="replace"),
         "\n".join(err),
         time.monotonic() - started,
     )
-    if check and result.returncode != 0:
-        raise failure(result, hint, redact)
-    return result
 
 
 def failure(result: Result, hint: str = "", redact: Sequence[str] = ()) -> RavectlError:

@@ -6,12 +6,13 @@ it, so that an image is there whole or not at all.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ravectl import files, model
+from ravectl import console, files, model
 from ravectl.engines import debian
 from ravectl.errors import RavectlError
 from ravectl.model import EngineName, Image, ImageFormat, Plan, RenderedTree
@@ -50,51 +51,84 @@ def render_debian(plan: Plan) -> RenderedTree:
 
 
 def resolve_debian(
-    plan: Plan, fmt: ImageFormat, *, compress: bool, say: Callable[[str], None]
+    plan: Plan,
+    fmt: ImageFormat,
+    *,
+    compress: bool = False,
+    fresh: bool = False,
+    accept: Callable[[debian.Base], None] = lambda _: None,
 ) -> Inputs:
-    """Render the Plan for Debian and find (or make) the base it goes on."""
+    """Render the Plan for Debian and find (or make) the base it goes on.
+
+    `fresh` and `accept` are those of debian.ensure_base.
+    """
     tree = render_debian(plan)
-    base = debian.ensure_base(files.cache_dir(), plan.accounts, say)
+    base = debian.ensure_base(files.cache_dir(), plan.accounts, fresh=fresh, accept=accept)
     return Inputs(plan, tree, base, fmt, compress)
 
 
-def ensure_image(inputs: Inputs, say: Callable[[str], None]) -> tuple[Image, bool]:
+def ensure_image(inputs: Inputs) -> tuple[Image, bool]:
     """The image of these inputs and whether it had to be made.
 
     Raises HostError when there is no space, RavectlError when a step fails; then nothing is
     left but the cached base.
     """
-    store = files.make_dir(files.cache_dir() / "images")
+    store = files.make_dir(store_dir())
     folder = store / inputs.digest
-    if (folder / MANIFEST).exists():
-        return load(folder), False
-    with files.staging(store, "making") as stage:
-        files.require_space(store, IMAGE_BYTES, "an image")
-        _make(inputs, stage / "image", say)
-        files.remove_tree(folder)
-        (stage / "image").rename(folder)
+    if found := _stored(folder):
+        return found, False
+    debian.require_root()
+    with files.lock(store / "lock", "the image store", wait=True):
+        if found := _stored(folder):
+            return found, False
+        with files.staging(store, "making") as stage:
+            files.require_space(store, IMAGE_BYTES, "an image")
+            make_image(inputs, stage / "image")
+            files.remove_tree(folder)
+            (stage / "image").rename(folder)
     return load(folder), True
 
 
-def _make(inputs: Inputs, target: Path, say: Callable[[str], None]) -> None:
+def store_dir() -> Path:
+    """Where images are kept, a folder for each."""
+    return files.cache_dir() / "images"
+
+
+def _stored(folder: Path) -> Image | None:
+    if not folder.exists():
+        return None
+    try:
+        found = load(folder)
+    except RavectlError as e:
+        console.note(f"{e.message}: making it again")
+        return None
+    os.utime(folder)  # gc spares what was just asked for
+    return found
+
+
+def make_image(inputs: Inputs, target: Path) -> None:
+    """Make the image of these inputs in the new folder `target`."""
     target.mkdir()
     disk = target / f"disk.{inputs.format}"
     with files.staging(files.fast_tmp(2 * 2**30), "ravectl-root") as work:
         root = work / "root"
-        say("copying the base")
-        debian.copy_root(inputs.base.root, root)
-        say("configuration")
-        write_tree(inputs.tree, root)
-        say("file system")
-        raw = disk if inputs.format is ImageFormat.RAW else work / "disk.raw"
-        debian.make_filesystem(root, raw, inputs.plan.machine.disk_gb, inputs.plan.hostname)
+        with console.step("configuration"):
+            debian.copy_root(inputs.base.root, root)
+            write_tree(inputs.tree, root)
+        with console.step("file system"):
+            raw = disk if inputs.format is ImageFormat.RAW else work / "disk.raw"
+            debian.make_filesystem(root, raw, inputs.plan.machine.disk_gb, inputs.plan.hostname)
         if raw != disk:
-            say(f"{inputs.format} disk")
-            debian.convert(raw, disk, inputs.format, compress=inputs.compress)
+            with console.step(f"{inputs.format} disk"):
+                debian.convert(raw, disk, inputs.format, compress=inputs.compress)
     shutil.copy(inputs.base.kernel, target / "vmlinuz")
     shutil.copy(inputs.base.initrd, target / "initrd")
+    files.write_json(target / MANIFEST, _manifest(inputs, target, disk))
+
+
+def _manifest(inputs: Inputs, target: Path, disk: Path) -> dict[str, object]:
     parts = [disk, target / "vmlinuz", target / "initrd"]
-    manifest = {
+    return {
         "digest": inputs.digest,
         "engine": EngineName.DEBIAN,
         "format": inputs.format,
@@ -104,7 +138,6 @@ def _make(inputs: Inputs, target: Path, say: Callable[[str], None]) -> None:
         "sizes": {p.name: p.stat().st_size for p in parts},
         "hashes": {p.name: files.digest_file(p) for p in parts},
     }
-    files.write_json(target / MANIFEST, manifest)
 
 
 def load(folder: Path) -> Image:
@@ -139,4 +172,26 @@ def load(folder: Path) -> Image:
 
 def find(digest: str) -> Image:
     """The image addressed by `digest`; RavectlError when the store has none."""
-    return load(files.cache_dir() / "images" / digest)
+    return load(store_dir() / digest)
+
+
+# --- who uses them -----------------------------------------------------------------------------
+
+
+def add_root(uuid: str, folder: Path) -> None:
+    """Remember that the instance in `folder` uses the store, so that gc asks it before."""
+    link = files.make_dir(files.cache_dir() / "roots") / uuid
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder)
+
+
+def roots() -> list[Path]:
+    """The folders of all instances that use the store; those that are gone are forgotten."""
+    found = []
+    parent = files.cache_dir() / "roots"
+    for link in sorted(parent.iterdir()) if parent.is_dir() else []:
+        if link.is_dir():
+            found.append(link.readlink())
+        elif link.is_symlink():
+            link.unlink()
+    return found

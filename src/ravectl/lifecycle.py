@@ -120,6 +120,7 @@ def _prepare(instance: Instance, plan: Plan, get_image: Callable[[], Image]) -> 
             record.accelerator, record.ports, None, up=False,
         )  # fmt: skip
     instance.save(record)
+    images.add_root(record.uuid, instance.folder)
     # the cache may have moved since: the overlay names its image by path
     command.run(
         ["qemu-img", "rebase", "-u", "-f", "qcow2", "-F", image.format, "-b", image.disk,

@@ -93,6 +93,9 @@ def build(
     locked: Annotated[
         bool, typer.Option("--locked", help="Refuse anything that differs from rave.lock.")
     ] = False,
+    update: Annotated[
+        bool, typer.Option("--update", help="Take the packages that the mirror has today.")
+    ] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Build twice from nothing and compare the bits.")
     ] = False,
@@ -108,11 +111,13 @@ def build(
     space = options.find_workspace(workspace)
     made = options.make_plan(options.profile_flag(safe, full_pipe, profile), space)
     request = building.Request(made, building.image_format(form), compress=compress)
+    if locked and update:
+        raise UsageError("--locked and --update contradict each other", "give one of them")
     if check:
-        building.check(request)
-        console.note("built twice from nothing: the same bits")
+        digest = building.check(request)
+        console.note(f"built twice from nothing: the same bits (disk sha256 {digest})")
         return
-    image = building.build(request, space, locked=locked)
+    image = building.build(request, space, locked=locked, update=update)
     if output is not None:
         building.export(image, output)
     if as_json:
@@ -132,12 +137,14 @@ def gc(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be removed.")
     ] = False,
-    workspace: options.Folder = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also the cached packages of the current recipe.")
+    ] = False,
 ) -> None:
-    """Remove images and bases that no instance of this workspace uses."""
+    """Remove images that no instance of any workspace uses, and outdated bases."""
     from ravectl import building
 
-    freed = building.collect(options.find_workspace(workspace), dry_run=dry_run)
+    freed = building.collect(dry_run=dry_run, everything=everything)
     for path, size in freed:
         print(f"{path}  {size // 2**20} MB")
     word = "would be freed" if dry_run else "freed"

@@ -11,6 +11,7 @@ interrupted build leaves neither mounts nor processes.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import lzma
@@ -24,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ravectl import command, files
+from ravectl import command, console, files
 from ravectl.engines import pgcluster
 from ravectl.errors import HostError, RavectlError
 from ravectl.model import Account, ImageFormat
@@ -36,7 +37,9 @@ RECIPE = 3  # raise it when this module makes another base from the same inputs
 EPOCH = 1767225600
 CMDLINE = "console=ttyS0 root=/dev/vda rw quiet net.ifnames=0 panic=-1"
 BASE_BYTES = 3 * 2**30  # of disk, while a base is made: measured 1.3 GB, with room to grow
-MIRROR_SECONDS = 30  # a mirror that says nothing for this long is given up (apt retries thrice)
+MIRROR_SECONDS = 20  # a mirror that says nothing for this long is asked once more, then given up
+NPM_SECONDS = 600.0
+MIRROR_VARIABLE = "RAVECTL_DEBIAN_MIRROR"
 
 PACKAGES = (
     "busybox-static",
@@ -118,10 +121,13 @@ def base_key(accounts: tuple[Account, ...]) -> str:
 
 
 def host_mirror(sources: Path = Path("/etc/apt")) -> str:
-    """The Debian mirror that this host's own apt uses; the machine's packages come from there.
+    """The Debian mirror that the machine's packages come from.
 
-    Raises HostError when apt has none.
+    RAVECTL_DEBIAN_MIRROR if that is set, else the one that this host's own apt uses. Raises
+    HostError when apt has none.
     """
+    if chosen := os.environ.get(MIRROR_VARIABLE):
+        return chosen
     texts = [
         p.read_text(errors="replace")
         for p in (sources / "sources.list", *sorted((sources / "sources.list.d").glob("*")))
@@ -131,7 +137,7 @@ def host_mirror(sources: Path = Path("/etc/apt")) -> str:
         return mirror
     raise HostError(
         "this host's apt names no Debian mirror",
-        "add one to /etc/apt/sources.list.d (a deb822 file with Types, URIs, Suites)",
+        f"add one to /etc/apt/sources.list.d (Types, URIs, Suites), or set {MIRROR_VARIABLE}",
     )
 
 
@@ -145,57 +151,96 @@ def mirror_in(text: str) -> str | None:
     return None
 
 
-def ensure_base(cache: Path, accounts: tuple[Account, ...], say: Callable[[str], None]) -> Base:
-    """The base layer from the cache, or made now; `say` receives what it is at.
+def ensure_base(
+    cache: Path,
+    accounts: tuple[Account, ...],
+    *,
+    fresh: bool = False,
+    accept: Callable[[Base], None] = lambda _: None,
+) -> Base:
+    """The base layer from the cache, or made now (always if `fresh`).
 
-    Raises HostError when this host lacks a tool, a right or space, RavectlError when a package
-    cannot be had.
+    `accept` may refuse a base that was just made, by raising, before it takes the place of the
+    one in the cache. Raises HostError when this host lacks a tool, a right or space,
+    RavectlError when a package cannot be had.
     """
     key = base_key(accounts)
     folder = cache / "debian" / f"base-{key}"
-    if not (folder / "packages.json").exists():
-        files.require_space(cache, BASE_BYTES, "a Debian base")
-        if os.geteuid() != 0:
-            raise HostError(
-                "the debian engine needs root to make a Debian root", "run it with sudo"
-            )
+    if not fresh and (found := _cached(folder, key)):
+        return found
+    files.require_space(cache, BASE_BYTES, "a Debian base")
+    require_root()
+    files.make_dir(cache / "debian")
+    with files.lock(cache / "debian" / "lock", "the cache of Debian bases", wait=True):
+        if not fresh and (found := _cached(folder, key)):
+            return found
         with files.staging(cache / "debian", "making") as stage:
-            _make_base(stage, accounts, say)
+            accept(make_base(stage, accounts))
             files.remove_tree(folder)
             stage.joinpath("base").rename(folder)
     return read_base(folder, key)
 
 
+def require_root() -> None:
+    """Raise HostError unless this process may make a Debian root."""
+    if os.geteuid() != 0:
+        raise HostError("the debian engine needs root to make a Debian root", "run it with sudo")
+
+
+def _cached(folder: Path, key: str) -> Base | None:
+    if not folder.exists():
+        return None
+    try:
+        return read_base(folder, key)
+    except RavectlError as e:
+        console.note(f"{e.message}: making it again")
+        return None
+
+
 def read_base(folder: Path, key: str) -> Base:
     """A base that is in the cache; RavectlError when it is damaged."""
-    rows = files.read_json(folder / "packages.json")
-    return Base(
-        key=key,
-        root=folder / "root",
-        kernel=folder / "vmlinuz",
-        initrd=folder / "initrd",
-        packages=tuple(Package(*row) for row in rows),
+    damaged = RavectlError(
+        f"the Debian base {key} in the cache is damaged", f"remove it: rm -r '{folder}'"
     )
+    try:
+        rows = json.loads((folder / "packages.json").read_text())
+        base = Base(
+            key=key,
+            root=folder / "root",
+            kernel=folder / "vmlinuz",
+            initrd=folder / "initrd",
+            packages=tuple(Package(*row) for row in rows),
+        )
+    except (OSError, ValueError, TypeError):
+        raise damaged from None
+    if not (base.kernel.is_file() and base.initrd.is_file() and (base.root / "usr").is_dir()):
+        raise damaged
+    return base
 
 
-def _make_base(stage: Path, accounts: tuple[Account, ...], say: Callable[[str], None]) -> None:
+def make_base(stage: Path, accounts: tuple[Account, ...]) -> Base:
+    """Make a base in the folder `stage`/base; raises as `ensure_base` does."""
     base = stage / "base"
     root = base / "root"
     base.mkdir()
-    _bootstrap(root, say)
-    rows = _installed(root)
-    for part in NPM_PARTS:
-        say(f"{part.name} {part.version} from npm")
-        _unpack_part(part, fetch_part(part, stage), root, stage)
-    say("accounts")
-    _add_accounts(root, accounts)
-    say("an empty PostgreSQL cluster")
-    pgcluster.make_cluster(root, EPOCH)
-    say("kernel and initramfs")
-    shutil.copy(next(root.glob("boot/vmlinuz-*")), base / "vmlinuz")
-    _make_initrd(root, stage / "initramfs", base / "initrd")
-    _forget_the_build(root)
+    with contextlib.ExitStack() as stack:
+        # npm waits for its registry while dpkg works
+        fetching = [(part, stack.enter_context(_fetching(part, stage))) for part in NPM_PARTS]
+        with console.step("Debian packages") as step:
+            _bootstrap(root, step.update)
+        rows = _installed(root)
+        with console.step("npm parts") as step:
+            for part, running in fetching:
+                step.update(f"{part.name} {part.version}")
+                _unpack_part(part, _fetched(part, running, stage), root, stage)
+    with console.step("accounts, database, initramfs"):
+        _add_accounts(root, accounts)
+        pgcluster.make_cluster(root, EPOCH)
+        shutil.copy(next(root.glob("boot/vmlinuz-*")), base / "vmlinuz")
+        _make_initrd(root, stage / "initramfs", base / "initrd")
+        _forget_the_build(root)
     (base / "packages.json").write_text(json.dumps(rows))
+    return read_base(base, base_key(accounts))
 
 
 def _bootstrap(root: Path, say: Callable[[str], None]) -> None:
@@ -211,7 +256,7 @@ def _bootstrap(root: Path, say: Callable[[str], None]) -> None:
         "--aptopt=Acquire::Languages \"none\"",
         f"--aptopt=Acquire::http::Timeout \"{MIRROR_SECONDS}\"",
         f"--aptopt=Acquire::https::Timeout \"{MIRROR_SECONDS}\"",
-        "--aptopt=Acquire::Retries \"2\"",
+        "--aptopt=Acquire::Retries \"1\"",
         *(f"--aptopt={line}" for line in _host_apt_options()),
         "--dpkgopt=force-unsafe-io",
         *(f"--dpkgopt=path-exclude=/usr/share/{d}/*" for d in ("doc", "man", "locale", "info")),
@@ -270,15 +315,20 @@ def _stanzas(text: str) -> list[dict[str, str]]:
     ]
 
 
-def fetch_part(part: NpmPart, into: Path) -> Path:
-    """Download an npm package by the host's npm and hold it against its pinned integrity."""
+def _fetching(part: NpmPart, into: Path) -> contextlib.AbstractContextManager[command.Background]:
+    """Have the host's npm download a part, meanwhile."""
     spec = f"{part.name}@{part.version}"
-    run = command.run(
+    return command.background(
         ["npm", "pack", "--json", "--ignore-scripts", "--pack-destination", into, spec],
         cwd=into,
+        timeout=NPM_SECONDS,
         hint=f"check that npm reaches its registry: npm view {spec} version",
     )
-    packed = str(json.loads(run.stdout)[0]["filename"])
+
+
+def _fetched(part: NpmPart, running: command.Background, into: Path) -> Path:
+    """The downloaded tarball, held against its pinned integrity."""
+    packed = str(json.loads(running.result().stdout)[0]["filename"])
     tarball = into / packed.replace("@", "").replace("/", "-")
     check_integrity(tarball, part)
     return tarball
