@@ -79,8 +79,11 @@ def arguments(launch: Launch) -> list[str]:
 def _accelerator(accelerator: Accelerator) -> list[str]:
     if accelerator is Accelerator.KVM:
         return ["-accel", "kvm", "-cpu", "host"]
-    # one thread for each virtual CPU: with a single one the boot takes three times as long
-    return ["-accel", "tcg,thread=multi", "-cpu", "max"]
+    # One thread for each virtual CPU: with a single one the boot takes three times as long.
+    # Without 5-level page tables (la57) an emulated page walk is a fifth shorter: services used
+    # 25 to 35 % less CPU. Without erms and fsrm copying goes by words: emulated, `rep movsb`
+    # moves single bytes.
+    return ["-accel", "tcg,thread=multi", "-cpu", "max,la57=off,erms=off,fsrm=off,svm=off"]
 
 
 def _credentials(files: Mapping[str, Path]) -> list[str]:

@@ -7,6 +7,7 @@ mode, so that modes and symlinks are data and not code.
 
 from __future__ import annotations
 
+import posixpath
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ def render(folder: Path, plan: Plan, **extra: object) -> RenderedTree:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["dirname"] = posixpath.dirname
+    environment.filters["umask"] = _umask
     names = {"plan": plan, "ssh_announcement": SSH_ANNOUNCEMENT, **extra}
     entries: dict[str, Any] = yaml.safe_load((folder / "tree.yaml").read_text())
     files = [_file(environment, path, entry or {}, names) for path, entry in entries.items()]
@@ -53,6 +56,11 @@ def _file(
             "if you changed the template, mend that line; else install ravectl again",
         ) from None
     return RenderedFile(path=path, content=content, mode=int(str(entry.get("mode", "644")), 8))
+
+
+def _umask(mode: str) -> str:
+    """The umask under which a new file has the octal `mode`."""
+    return f"{0o666 & ~int(mode, 8):03o}"
 
 
 def write_tree(tree: RenderedTree, root: Path) -> None:
