@@ -99,6 +99,27 @@ class Connection:
         """Whether the connection still stands."""
         return self._transport.is_active()
 
+    def relay(
+        self,
+        command: str,
+        on_out: Callable[[bytes], None],
+        on_err: Callable[[bytes], None],
+        *,
+        stdin: bytes = b"",
+        timeout: float = 60.0,
+    ) -> int:
+        """Run a command, pass on what it prints as it comes, and return its exit code.
+
+        Raises DeadlineError, and ConnectionError when the connection breaks.
+        """
+        deadline = time.monotonic() + timeout
+        with self._slots, self._channel(timeout) as channel:
+            channel.exec_command(command)
+            feeder = threading.Thread(target=_feed, args=(channel, stdin), daemon=True)
+            feeder.start()
+            _pump(channel, on_out, on_err, deadline, command)
+            return channel.recv_exit_status()
+
     def run(
         self,
         command: str | Sequence[str],
@@ -115,12 +136,7 @@ class Connection:
         text = command if isinstance(command, str) else shlex.join(command)
         started = time.monotonic()
         out, err = bytearray(), bytearray()
-        with self._slots, self._channel(timeout) as channel:
-            channel.exec_command(text)
-            feeder = threading.Thread(target=_feed, args=(channel, stdin), daemon=True)
-            feeder.start()
-            _pump(channel, out.extend, err.extend, started + timeout, text)
-            code = channel.recv_exit_status()
+        code = self.relay(text, out.extend, err.extend, stdin=stdin, timeout=timeout)
         result = RemoteResult(
             text, code, out.decode(errors="replace"), err.decode(errors="replace"),
             time.monotonic() - started,

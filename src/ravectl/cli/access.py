@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import IO, TYPE_CHECKING, Annotated
 
 import typer
 
@@ -72,12 +72,21 @@ def exec_(
     stdin = b"" if sys.stdin.isatty() else sys.stdin.buffer.read()
     try:
         with ssh_client.Connection(found.target()) as connection:
-            result = connection.run(shlex.join(context.args), stdin=stdin, timeout=timeout)
+            code = connection.relay(
+                shlex.join(context.args),
+                lambda data: _pass_on(sys.stdout.buffer, data),
+                lambda data: _pass_on(sys.stderr.buffer, data),
+                stdin=stdin,
+                timeout=timeout,
+            )
     except ConnectionError as e:
         raise RavectlError(f"the machine does not answer: {e}", "ravectl status") from None
-    sys.stdout.write(result.stdout)
-    sys.stderr.write(result.stderr)
-    raise typer.Exit(result.returncode if result.returncode >= 0 else EXIT_FAILED)
+    raise typer.Exit(code if code >= 0 else EXIT_FAILED)
+
+
+def _pass_on(stream: IO[bytes], data: bytes) -> None:
+    stream.write(data)
+    stream.flush()
 
 
 def cp(
