@@ -1,0 +1,110 @@
+"""A real machine, booted once for all tests that only use it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ravectl import instance
+
+
+@dataclass
+class Tool:
+    """ravectl in a workspace, as a person runs it."""
+
+    workspace: Path
+    cache: Path | None = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        own = {"RAVECTL_WORKSPACE": str(self.workspace)}
+        if self.cache:
+            own["RAVECTL_CACHE_DIR"] = str(self.cache)
+        return {**os.environ, **own}
+
+    def __call__(
+        self,
+        *words: str,
+        code: int | None = 0,
+        stdin: str = "",
+        seconds: float = 900,
+        env: dict[str, str] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "ravectl", *words],
+            env={**self.environment, **(env or {})}, input=stdin, capture_output=True, text=True,
+            timeout=seconds, check=False,
+        )  # fmt: skip
+        if code is not None:
+            assert done.returncode == code, (
+                f"{words}: {done.returncode}\n{done.stdout}{done.stderr}"
+            )
+        assert "Traceback" not in done.stderr, done.stderr
+        return done
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "ravectl", *words],
+            env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+
+    def instance(self, name: str = "default") -> instance.Instance:
+        return instance.Instance(self.workspace / ".rave" / "instances" / name, name)
+
+    def pid(self, name: str = "default") -> int | None:
+        process = self.instance(name).process()
+        return process.pid if process else None
+
+    def status(self, name: str = "default") -> dict[str, Any]:
+        rows = json.loads(self("status", "--json", "--name", name).stdout)
+        assert len(rows) == 1
+        return dict(rows[0])
+
+    def wait_for_qemu(self, name: str = "default", seconds: float = 120) -> int:
+        """Wait until its QEMU runs; its pid."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if pid := self.pid(name):
+                return pid
+            time.sleep(0.1)
+        raise AssertionError("no QEMU was started")
+
+    def wait_for_no_qemu(self, name: str = "default", seconds: float = 15) -> None:
+        end = time.monotonic() + seconds
+        while self.pid(name):
+            assert time.monotonic() < end, "QEMU was left running"
+            time.sleep(0.1)
+
+    def end(self) -> None:
+        """Leave nothing running, however the test went."""
+        for found in instance.list_instances(self.workspace / ".rave" / "instances"):
+            if process := found.process():
+                os.kill(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture()
+def tool(tmp_path: Path) -> Iterator[Tool]:
+    """ravectl in an empty workspace; images come from the common cache."""
+    made = Tool(tmp_path)
+    yield made
+    made.end()
+
+
+@pytest.fixture(scope="session")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tool]:
+    """A running SAFE machine, made by `ravectl up` in an empty workspace."""
+    made = Tool(tmp_path_factory.mktemp("machine"))
+    made("up", "--safe")
+    yield made
+    made.end()

@@ -1,0 +1,113 @@
+"""Bad days of `up`: each for real, each ends in a line of cause and a line of remedy."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from ravectl import images
+from tests.vm.conftest import Tool
+
+pytestmark = pytest.mark.vm
+
+
+def explained(stderr: str) -> bool:
+    """A line of cause and a line of remedy."""
+    return "error: " in stderr and "fix: " in stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_ravectl_dies_during_up(tool: Tool, number: signal.Signals) -> None:
+    running = tool.start("up", "--safe")
+    tool.wait_for_qemu()
+    running.send_signal(number)
+    running.communicate(timeout=60)
+    assert running.returncode == (130 if number is signal.SIGINT else -signal.SIGKILL)
+    tool.wait_for_no_qemu()
+    assert tool.status()["state"] in {"crashed", "stopped"}
+    assert "was not running" in tool("down").stderr
+
+
+def test_a_demanded_port_that_is_taken(tool: Tool) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        (tool.workspace / "rave.yaml").write_text(f"extends: safe\nnetwork:\n  ssh_port: {port}\n")
+        done = tool("up", code=4)
+    assert f"port {port} of this host is taken" in done.stderr
+    assert explained(done.stderr)
+    tool.wait_for_no_qemu()
+
+
+def test_not_enough_memory(tool: Tool) -> None:
+    (tool.workspace / "rave.yaml").write_text("extends: safe\nmachine:\n  memory: 900 GB\n")
+    done = tool("up", code=None)
+    assert done.returncode in {2, 4}
+    assert explained(done.stderr)
+    assert tool.pid() is None
+
+
+def test_qemu_is_missing(tool: Tool, tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for folder in ("/usr/bin", "/bin", "/usr/sbin", "/sbin"):
+        for path in Path(folder).iterdir():
+            link = tools / path.name
+            if not path.name.startswith("qemu-system") and not link.is_symlink():
+                link.symlink_to(path)
+    # find_tool adds the sbin folders, where no QEMU lies
+    done = tool("up", "--safe", code=4, env={"PATH": str(tools)})
+    assert "qemu-system-x86_64 is not installed" in done.stderr
+    assert "apt-get install qemu-system-x86" in done.stderr
+
+
+def stored_copy(tool: Tool, **changes: str) -> Path:
+    """The tool's image store becomes a copy with one image, whose manifest has `changes`."""
+    digest = Path(tool("build", "--safe").stdout.strip()).parent.name
+    original = images.store_dir() / digest
+    tool.cache = tool.workspace / "cache"
+    copy = tool.cache / "images" / digest
+    shutil.copytree(original, copy)
+    # the base is needed to know what an image is made of; it is only read
+    (tool.cache / "debian").symlink_to(images.store_dir().parent / "debian")
+    manifest = json.loads((copy / "image.json").read_text())
+    (copy / "image.json").write_text(json.dumps({**manifest, **changes}))
+    return copy
+
+
+def test_a_guest_that_panics(tool: Tool) -> None:
+    # a kernel without a root file system panics; panic=-1 restarts it, again and again
+    stored_copy(tool, cmdline="console=ttyS0 panic=-1 rdinit=/none root=/dev/none")
+    done = tool("up", "--safe", code=1)
+    assert "kernel panicked 2 times" in done.stderr
+    assert "Kernel panic - not syncing" in done.stderr
+    assert explained(done.stderr)
+    tool.wait_for_no_qemu()
+
+
+def test_a_truncated_image(tool: Tool) -> None:
+    copy = stored_copy(tool)
+    tool("up", "--safe", "--timeout", "1", code=1)  # gives the instance its overlay
+    disk = copy / "disk.qcow2"
+    size = disk.stat().st_size
+    os.truncate(disk, size // 2)
+    done = tool("up", "--safe", code=1)
+    assert "disk.qcow2 is truncated" in done.stderr
+    assert explained(done.stderr)
+    # the remedy it names makes the same image again, bit for bit
+    done = tool("build", "--safe")
+    assert "making it again" in done.stderr
+    assert disk.stat().st_size == size
+
+
+def test_kvm_that_opens_and_cannot_run(tool: Tool) -> None:
+    done = tool("up", "--safe", "--accel", "kvm", "--timeout", "5", code=1)
+    assert explained(done.stderr)
+    tool.wait_for_no_qemu()
