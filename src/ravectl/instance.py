@@ -197,6 +197,12 @@ class Instance:
         """How often its kernel panicked since the last start."""
         return _read_end(self.console_log, 2**20).count(PANIC)
 
+    def panic_text(self) -> str:
+        """What the console said around the last panic."""
+        clean = tail(self.console_log, 10_000).splitlines()
+        at = max((i for i, line in enumerate(clean) if PANIC in line), default=0)
+        return "\n".join(clean[max(0, at - 8) : at + 4])
+
     def console_has(self, text: str) -> bool:
         """Whether its console said `text` since the last start."""
         return text in _read_end(self.console_log, 2**20)

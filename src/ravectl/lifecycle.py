@@ -82,8 +82,9 @@ def up(
             record = instance.require_record()
             return Started(instance, True, record.accelerator, 0.0, 0.0)
         command.find_tool(qemu.PROGRAM, "install it: apt-get install qemu-system-x86")
+        record = instance.record
+        _require_memory(plan if record is None or record.image is None else record.plan)
         image = _prepare(instance, plan, get_image)
-        _require_memory(image.plan)
         chosen = accelerator or choose_accelerator()
         try:
             return _start(instance, image, chosen, timeout, keep_failed)
@@ -330,7 +331,7 @@ class _Watch:
             raise RavectlError(
                 f"the machine's kernel panicked {panics} times while it started",
                 "try again; if it stays so, build the image anew: ravectl gc; ravectl build",
-                details=self._instance.console_tail(15),
+                details=self._instance.panic_text(),
             )
         if panics > self._panics:
             console.note("the machine's kernel panicked and restarts itself; waiting on")

@@ -93,7 +93,7 @@ class Tool:
                 os.kill(process.pid, signal.SIGKILL)
 
 
-@pytest.fixture()
+@pytest.fixture
 def tool(tmp_path: Path) -> Iterator[Tool]:
     """ravectl in an empty workspace; images come from the common cache."""
     made = Tool(tmp_path)
