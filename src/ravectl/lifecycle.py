@@ -82,8 +82,8 @@ def up(
             record = instance.require_record()
             return Started(instance, True, record.accelerator, 0.0, 0.0)
         command.find_tool(qemu.PROGRAM, "install it: apt-get install qemu-system-x86")
-        record = instance.record
-        _require_memory(plan if record is None or record.image is None else record.plan)
+        kept = instance.record
+        _require_memory(plan if kept is None or kept.image is None else kept.plan)
         image = _prepare(instance, plan, get_image)
         chosen = accelerator or choose_accelerator()
         try:
