@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ravectl import images
-from tests.vm.conftest import Tool
+from tests.conftest import Tool
 
 pytestmark = pytest.mark.vm
 
@@ -24,6 +24,7 @@ def explained(stderr: str) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_ravectl_dies_during_up(tool: Tool, number: signal.Signals) -> None:
+    tool("build", "--safe")  # so that `up` comes to QEMU at once
     running = tool.start("up", "--safe")
     tool.wait_for_qemu()
     running.send_signal(number)

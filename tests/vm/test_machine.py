@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ravectl import ssh
-from tests.vm.conftest import Tool
+from tests.conftest import Tool
 
 pytestmark = pytest.mark.vm
 

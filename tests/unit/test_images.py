@@ -1,0 +1,140 @@
+"""The store: what is damaged is named, what is used is kept, a copy is whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ravectl import building, images, profile
+from ravectl.errors import RavectlError, UsageError
+from ravectl.instance import Instance, new_record
+from ravectl.model import EngineName, Image, Plan, to_json
+from ravectl.plan import make_plan
+
+
+@pytest.fixture
+def plan() -> Plan:
+    return make_plan(**profile.select("safe", {}, None).plan_arguments())
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("RAVECTL_CACHE_DIR", str(tmp_path / "cache"))
+    folder = images.store_dir()
+    folder.mkdir(parents=True)
+    return folder
+
+
+def put(store: Path, digest: str, plan: Plan, *, age_seconds: float = 3600) -> Path:
+    folder = store / digest
+    folder.mkdir()
+    for name in ("disk.qcow2", "vmlinuz", "initrd"):
+        (folder / name).write_bytes(b"x" * 1000)
+    manifest = {
+        "digest": digest, "engine": "debian", "format": "qcow2", "cmdline": "quiet",
+        "plan": to_json(plan), "packages": [], "hashes": {},
+        "sizes": {"disk.qcow2": 1000, "vmlinuz": 1000, "initrd": 1000},
+    }  # fmt: skip
+    (folder / "image.json").write_text(json.dumps(manifest))
+    then = folder.stat().st_mtime - age_seconds
+    os.utime(folder, (then, then))
+    return folder
+
+
+def test_an_image_is_read_back(store: Path, plan: Plan) -> None:
+    put(store, "a" * 16, plan)
+    found = images.find("a" * 16)
+    assert found.plan == plan
+    assert found.disk.stat().st_size == 1000
+
+
+def test_damage_is_named(store: Path, plan: Plan) -> None:
+    folder = put(store, "a" * 16, plan)
+    with pytest.raises(RavectlError, match="there is no image"):
+        images.find("b" * 16)
+    os.truncate(folder / "disk.qcow2", 999)
+    with pytest.raises(RavectlError, match=r"disk\.qcow2 is truncated"):
+        images.load(folder)
+    (folder / "vmlinuz").unlink()
+    with pytest.raises(RavectlError, match="damaged"):
+        images.load(folder)
+    (folder / "image.json").write_text('{"format": "qcow2"}')
+    with pytest.raises(RavectlError, match="damaged manifest"):
+        images.load(folder)
+    (folder / "image.json").write_text("{")
+    with pytest.raises(RavectlError, match="cannot be read"):
+        images.load(folder)
+
+
+def use(image: str, folder: Path, plan: Plan) -> Instance:
+    folder.mkdir(parents=True)
+    found = Instance(folder, folder.name)
+    record = found.save(replace(new_record(plan, EngineName.DEBIAN), image=image))
+    images.add_root(record.uuid, folder)
+    return found
+
+
+def test_gc_keeps_what_any_workspace_uses(store: Path, plan: Plan, tmp_path: Path) -> None:
+    used, unused = put(store, "a" * 16, plan), put(store, "b" * 16, plan)
+    recent = put(store, "c" * 16, plan, age_seconds=0)
+    found = use("a" * 16, tmp_path / "elsewhere" / "default", plan)
+    would = building.collect(dry_run=True)
+    assert [path for path, _ in would] == [unused]
+    assert would[0][1] > 0
+    assert unused.exists(), "a dry run removes nothing"
+    building.collect(dry_run=False)
+    assert (used.exists(), unused.exists(), recent.exists()) == (True, False, True)
+    found.update(image=None)
+    building.collect(dry_run=False)
+    assert not used.exists()
+
+
+def test_gc_forgets_instances_that_are_gone(store: Path, plan: Plan, tmp_path: Path) -> None:
+    used = put(store, "a" * 16, plan)
+    found = use("a" * 16, tmp_path / "elsewhere" / "default", plan)
+    (found.folder / "instance.json").unlink()
+    found.folder.rmdir()
+    building.collect(dry_run=False)
+    assert not used.exists()
+    assert images.roots() == []
+
+
+def test_gc_keeps_all_when_a_record_cannot_be_read(store: Path, plan: Plan, tmp_path: Path) -> None:
+    used = put(store, "a" * 16, plan)
+    found = use("a" * 16, tmp_path / "elsewhere" / "default", plan)
+    (found.folder / "instance.json").write_text("{")
+    with pytest.raises(RavectlError):
+        building.collect(dry_run=False)
+    assert used.exists()
+
+
+def test_a_copy_is_whole_or_not_there(store: Path, plan: Plan, tmp_path: Path) -> None:
+    image: Image = images.load(put(store, "a" * 16, plan))
+    building.export(image, tmp_path / "out.qcow2")
+    assert (tmp_path / "out.qcow2").read_bytes() == image.disk.read_bytes()
+    with pytest.raises(UsageError, match="is a folder"):
+        building.export(image, tmp_path)
+    with pytest.raises(UsageError, match="there is no folder"):
+        building.export(image, tmp_path / "none" / "out.qcow2")
+    image.disk.unlink()
+    with pytest.raises((RavectlError, OSError)):
+        building.export(image, tmp_path / "half.qcow2")
+    assert not [p for p in tmp_path.iterdir() if "half" in p.name]
+
+
+def test_two_trees_are_compared(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name / "d").mkdir(parents=True)
+        (tmp_path / name / "d" / "same").write_text("same")
+        (tmp_path / name / "link").symlink_to("same")
+    assert building.tree_differences(tmp_path / "one", tmp_path / "two") == []
+    (tmp_path / "two" / "d" / "same").write_text("else")
+    (tmp_path / "two" / "link").unlink()
+    (tmp_path / "two" / "link").symlink_to("other")
+    (tmp_path / "one" / "only").mkdir(mode=0o700)
+    differ = building.tree_differences(tmp_path / "one", tmp_path / "two")
+    assert differ == ["d/same", "link", "only"]
