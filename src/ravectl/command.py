@@ -232,7 +232,7 @@ def isolated(argv: Argv) -> list[str | os.PathLike[str]]:
     """
     return [
         find_tool("unshare"), "--mount", "--pid", "--mount-proc", "--fork", "--kill-child", "--",
-        *argv,
+        find_tool(os.fspath(argv[0])), *argv[1:],
     ]  # fmt: skip
 
 
