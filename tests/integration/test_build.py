@@ -126,7 +126,8 @@ def leftovers(cache: Path) -> list[str]:
                 words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
                 if str(cache) in words and "ravectl build" not in words:
                     found.append(words)
-    return found + [str(p) for p in cache.rglob("base-*")] + [str(p) for p in cache.rglob("disk.*")]
+    published = [*cache.glob("debian/base-*"), *cache.glob("images/*/disk.*")]
+    return found + [str(p) for p in published]
 
 
 def wait_until(what: str, happened: object, seconds: float = 120) -> None:
