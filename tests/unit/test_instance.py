@@ -100,7 +100,7 @@ def test_ours_is_found_with_its_start_and_ended(found: Instance, tmp_path: Path)
 
 
 def test_the_console_is_shown_without_control_characters(found: Instance) -> None:
-    found.console_log.write_bytes(b"one\r\n\x1b[0;32mOK\x1b[0m\x07 two\n\n\xff\n")
+    found.console_log.write_bytes(b"one\r\n\x1b[0;32mOK\x1b[0m\x07\x1b]104\x07 two\n\n\xff\n")
     assert found.console_tail(9) == "one\nOK two\n\N{REPLACEMENT CHARACTER}"
     assert found.console_tail(1) == "\N{REPLACEMENT CHARACTER}"
 

@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Annotated
 import typer
 
 from ravectl.cli import options
+from ravectl.console import note
 from ravectl.errors import EXIT_FAILED, RavectlError, UsageError
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ def logs(
 
     found = options.find_instance(workspace, name)
     if found.state() is not InstanceState.RUNNING:
+        note(f"{name} is not running; this is the end of its console")
         print(found.console_tail(lines))
         return
     argv = _openssh(found, "ssh", port_flag="-p")
