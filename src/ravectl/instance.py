@@ -35,6 +35,8 @@ from ravectl.model import (
 VERSION = 1
 POWERED_OFF = "reboot: Power down"  # the kernel's last words at an orderly end
 PANIC = "Kernel panic - not syncing"
+# of terminals (ECMA-48): CSI, character sets, OSC
+_ESCAPES = re.compile(r"\x1b(\[[0-9;?!]*[A-Za-z]|[()].|\][^\x07\x1b\n]*(\x07|\x1b\\)?)")
 
 
 @dataclass(frozen=True)
