@@ -1,0 +1,36 @@
+"""The first of the README's two commands, as a new user types it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Tool
+
+pytestmark = pytest.mark.vm
+
+TOP = Path(__file__).resolve().parents[2]
+
+
+def test_quickstart_leaves_a_verified_machine(tool: Tool) -> None:
+    done = subprocess.run(
+        [TOP / "scripts" / "quickstart"],
+        env={**os.environ, "RAVECTL_WORKSPACE": str(tool.workspace)},
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=800, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^11 of 11 checks hold", done.stderr, re.M)
+    assert tool.status()["state"] == "running"
+    for line in ("console page   https://localhost:", "shell          ravectl ssh",
+                 "stop           ravectl down"):  # fmt: skip
+        assert line in done.stdout
+    password = re.search(r"password in (\S+)", done.stdout)
+    assert password is not None
+    secret = Path(password[1]).read_text().strip()
+    assert len(secret) > 12
+    assert secret not in done.stdout + done.stderr
+    tool("down")
