@@ -270,6 +270,9 @@ def _bootstrap(root: Path, say: Callable[[str], None]) -> None:
             **os.environ,
             "SOURCE_DATE_EPOCH": str(EPOCH),
             "TMPDIR": str(files.fast_tmp(2**30)),
+            # debconf (Perl) writes its answers in the order of a hash
+            "PERL_HASH_SEED": "0",
+            "PERL_PERTURB_KEYS": "0",
             "INITRD": "No",  # no initramfs is made: ours replaces it
         },
         timeout=1800,
