@@ -13,8 +13,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from ravectl.errors import DeadlineError, RavectlError
 
@@ -76,15 +75,10 @@ class Monitor:
             self._sock.close()
             raise
 
-    def __enter__(self) -> Monitor:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._sock.close()
 
     def ask(self, command: str, *, timeout: float = TIMEOUT_SECONDS, **arguments: Any) -> Any:

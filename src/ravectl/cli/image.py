@@ -42,8 +42,7 @@ def plan(
     workspace: options.Folder = None,
 ) -> None:
     """Show everything that a profile implies."""
-    flag = options.profile_flag(safe, full_pipe, profile)
-    made = options.make_plan(flag, options.find_workspace(workspace))
+    made = options.plan_asked(safe, full_pipe, profile, options.find_workspace(workspace))
     if as_json:
         options.print_json(made)
         return
@@ -73,8 +72,7 @@ def render(
     from ravectl import files, images
     from ravectl.render import write_tree
 
-    flag = options.profile_flag(safe, full_pipe, profile)
-    made = options.make_plan(flag, options.find_workspace(workspace))
+    made = options.plan_asked(safe, full_pipe, profile, options.find_workspace(workspace))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} is not an empty folder", "name a new one")
     tree = images.render_debian(made)
@@ -109,7 +107,7 @@ def build(
     from ravectl import building
 
     space = options.find_workspace(workspace)
-    made = options.make_plan(options.profile_flag(safe, full_pipe, profile), space)
+    made = options.plan_asked(safe, full_pipe, profile, space)
     request = building.Request(made, building.image_format(form), compress=compress)
     if locked and update:
         raise UsageError("--locked and --update contradict each other", "give one of them")

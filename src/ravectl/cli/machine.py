@@ -34,7 +34,7 @@ def up(
     from ravectl import building, lifecycle
 
     space = options.find_workspace(workspace)
-    plan = options.make_plan(options.profile_flag(safe, full_pipe, profile), space)
+    plan = options.plan_asked(safe, full_pipe, profile, space)
     request = building.Request(plan)
     started = lifecycle.up(
         space,

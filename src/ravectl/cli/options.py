@@ -62,6 +62,11 @@ def make_plan(flag: str | None, workspace: Workspace) -> Plan:
     return plan.make_plan(**chosen.plan_arguments())
 
 
+def plan_asked(safe: bool, full_pipe: bool, name: str | None, workspace: Workspace) -> Plan:
+    """The Plan of the profile that the flags name, else of the workspace's own."""
+    return make_plan(profile_flag(safe, full_pipe, name), workspace)
+
+
 def find_instance(folder: Path | None, name: str) -> Instance:
     """The instance `name` of the workspace; RavectlError when it was never brought up."""
     from ravectl.errors import RavectlError

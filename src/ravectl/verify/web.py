@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from typing import Self
 
 from ravectl.errors import RavectlError
 from ravectl.ssh import HOST
@@ -68,16 +68,11 @@ class Client:
         self._timer = threading.Timer(max(deadline - time.monotonic(), 0.0), self._cut)
         self._timer.daemon = True
 
-    def __enter__(self) -> Client:
+    def __enter__(self) -> Self:
         self._timer.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._timer.cancel()
         self._drop()
 
@@ -88,16 +83,21 @@ class Client:
         assert self._sock is not None
         return self._sock.version() or ""
 
-    def get(self, path: str, headers: Mapping[str, str] | None = None) -> Answer:
-        """GET `path`, on a new connection when the server has closed the one we had."""
+    def get(
+        self, path: str, headers: Mapping[str, str] | None = None, *, most: int = MAX_BODY
+    ) -> Answer:
+        """GET `path`, on a new connection when the server has closed the one we had.
+
+        Of a longer body, `most` bytes are read and the rest is refused by hanging up.
+        """
         fresh = self._http is None
         try:
-            return self._get(path, headers or {})
+            return self._get(path, headers or {}, most)
         except (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError):
             self._drop()
             if fresh or time.monotonic() > self._deadline:
                 raise
-            return self._get(path, headers or {})
+            return self._get(path, headers or {}, most)
         except http.client.HTTPException as e:
             self._drop()
             raise OSError(f"not an HTTP response ({type(e).__name__})") from None
@@ -105,12 +105,12 @@ class Client:
             self._drop()
             raise
 
-    def _get(self, path: str, headers: Mapping[str, str]) -> Answer:
+    def _get(self, path: str, headers: Mapping[str, str], most: int) -> Answer:
         connection = self._connect()
         started = time.monotonic()
         connection.request("GET", path, headers=dict(headers))
         response = connection.getresponse()
-        body = response.read(MAX_BODY)
+        body = response.read(most)
         seconds = time.monotonic() - started
         if time.monotonic() > self._deadline:
             raise TimeoutError("no answer by the deadline")
