@@ -86,11 +86,16 @@ def up(
         _require_memory(plan if kept is None or kept.image is None else kept.plan)
         image = _prepare(instance, plan, get_image)
         chosen = accelerator or choose_accelerator()
+        deadline = time.monotonic() + timeout
         try:
-            return _start(instance, image, chosen, timeout, keep_failed)
+            return _start(instance, image, chosen, deadline, keep_failed)
         except _NoKvmError as e:
+            if accelerator is not None:
+                raise HostError(
+                    f"KVM stopped the machine ({e})", "leave --accel out, or give --accel tcg"
+                ) from None
             console.note(f"KVM stopped the machine ({e}); once more, emulated (TCG)")
-            return _start(instance, image, Accelerator.TCG, timeout, keep_failed)
+            return _start(instance, image, Accelerator.TCG, deadline, keep_failed)
 
 
 def choose_accelerator() -> Accelerator:
@@ -163,10 +168,9 @@ def _require_memory(plan: Plan) -> None:
 
 
 def _start(
-    instance: Instance, image: Image, accelerator: Accelerator, timeout: float, keep: bool
+    instance: Instance, image: Image, accelerator: Accelerator, deadline: float, keep: bool
 ) -> Started:
     began = time.monotonic()
-    deadline = began + timeout
     with contextlib.ExitStack() as stack:
         guard = stack.enter_context(_launch(instance, image, accelerator, stop=not keep))
         with console.step(f"starting {instance.name} ({accelerator.value})") as step:
@@ -245,8 +249,8 @@ def _launch(
     try:
         _let_go(instance, image.plan, process)
         yield guard
-    except BaseException:
-        if stop:
+    except BaseException as e:
+        if stop or isinstance(e, _NoKvmError):
             command.kill_group(process)
             instance.update(up=False)
             guard.abandon()
@@ -264,7 +268,10 @@ def _let_go(instance: Instance, plan: Plan, process: command.Process) -> None:
             instance.update(ports={str(guest): host for guest, host in ports.items()})
             monitor.ask("cont")
     except (ConnectionError, DeadlineError):
-        raise _qemu_ended(instance, process.poll()) from None
+        ended = _qemu_ended(instance, process.poll())
+        if instance.require_record().accelerator is Accelerator.KVM:
+            raise _NoKvmError(tail(instance.qemu_log, 1) or ended.message) from None
+        raise ended from None
 
 
 def _forward(instance: Instance, plan: Plan, monitor: qmp.Monitor) -> dict[int, int]:

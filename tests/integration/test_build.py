@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.server
 import json
 import mmap
 import os
@@ -13,12 +14,15 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ravectl import files, images
+from ravectl.engines import debian
 from tests.conftest import Tool
 
 COMPRESSED_BYTES = 450 * 2**20
@@ -190,6 +194,56 @@ def test_a_mirror_that_stops_answering(cold: Tool) -> None:
     assert not leftovers(cold.cache)
 
 
+@contextlib.contextmanager
+def failing_mirror(packages: int) -> Iterator[tuple[str, list[str]]]:
+    """The host's mirror, but after some packages it says nothing more; what was asked for."""
+    asked: list[str] = []
+    over = threading.Event()
+
+    class Relay(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            if sum(p.endswith(".deb") for p in asked) > packages:
+                over.wait()
+                return
+            try:
+                with urllib.request.urlopen(debian.host_mirror() + self.path) as answer:
+                    body, code = answer.read(), answer.status
+            except urllib.error.HTTPError as e:
+                body, code = e.read(), e.code
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Relay) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", asked
+        finally:
+            over.set()
+            server.shutdown()
+
+
+def test_a_mirror_that_stops_in_the_middle(cold: Tool) -> None:
+    with failing_mirror(20) as (mirror, asked):
+        done = cold(
+            "build", "--safe", code=1, seconds=400,
+            env={"RAVECTL_DEBIAN_MIRROR": mirror, "no_proxy": "127.0.0.1"},
+        )  # fmt: skip
+    assert sum(p.endswith(".deb") for p in asked) > 20
+    assert "mmdebstrap failed" in done.stderr
+    assert "check that the mirror answers" in done.stderr
+    assert cold.cache is not None
+    assert not leftovers(cold.cache)
+
+
 def test_a_full_disk(cold: Tool, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
@@ -218,14 +272,15 @@ def test_without_rights(cold: Tool) -> None:
     assert "sudo" in done.stderr
 
 
-def test_mmdebstrap_is_missing(cold: Tool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("program", ["mmdebstrap", "npm"])
+def test_a_program_is_missing(cold: Tool, tmp_path: Path, program: str) -> None:
     tools = tmp_path / "bin"
     tools.mkdir()
     for path in Path("/usr/bin").iterdir():
-        if path.name != "mmdebstrap":
+        if path.name != program:
             (tools / path.name).symlink_to(path)
     done = cold("build", "--safe", code=4, env={"PATH": str(tools)})
-    assert "mmdebstrap is not installed" in done.stderr
+    assert f"{program} is not installed" in done.stderr
     assert "ravectl doctor" in done.stderr
 
 

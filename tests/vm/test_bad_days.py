@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from ravectl import images
+from ravectl import console, images, kvm, lifecycle, plan, profile, workspace
+from ravectl.errors import RavectlError
+from ravectl.model import Image
 from tests.conftest import Tool
 
 pytestmark = pytest.mark.vm
@@ -109,6 +111,48 @@ def test_a_truncated_image(tool: Tool) -> None:
 
 
 def test_kvm_that_opens_and_cannot_run(tool: Tool) -> None:
-    done = tool("up", "--safe", "--accel", "kvm", "--timeout", "5", code=1)
-    assert explained(done.stderr)
+    if kvm.probe().works:
+        pytest.skip("KVM works on this host")
+    done = tool("up", "--safe", "--accel", "kvm", "--timeout", "60", code=4)
+    assert "KVM stopped the machine" in done.stderr
+    assert "--accel tcg" in done.stderr
     tool.wait_for_no_qemu()
+
+
+def test_kvm_that_fails_after_the_probe(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kvm.probe().works:
+        pytest.skip("KVM works on this host")
+    tool("build", "--safe")
+    # the real QEMU meets the real KVM; only what the probe found is kept from `up`
+    monkeypatch.setattr(kvm, "probe", lambda: kvm.Verdict(True, "it is said to work"))
+    notes: list[str] = []
+    monkeypatch.setattr(console, "note", notes.append)
+    space = workspace.find(override=tool.workspace)
+    made = plan.make_plan(**profile.select("safe", {}, None).plan_arguments())
+    with pytest.raises(RavectlError, match="SSH server did not answer in time"):
+        lifecycle.up(space, "default", made, lambda: stored_image(tool), timeout=15)
+    assert any("once more, emulated (TCG)" in n for n in notes), notes
+    assert tool.status()["accelerator"] == "tcg"
+    tool.wait_for_no_qemu()
+
+
+def stored_image(tool: Tool) -> Image:
+    return images.find(Path(tool("build", "--safe").stdout.strip()).parent.name)
+
+
+def test_two_machines_and_one_that_is_silent(machine: Tool) -> None:
+    # 1 s is too little to boot: the second machine is left in the middle of it
+    done = machine("up", "--name", "other", "--timeout", "1", "--keep-failed", code=1)
+    assert "ravectl down --name other" in done.stderr
+    first, second = machine.status(), machine.status("other")
+    assert (first["state"], second["state"]) == ("running", "running")
+    # the usual ports were taken by the first, so the second got others
+    numbers = {m[k] for m in (first, second) for k in ("ssh_port", "https_port")}
+    assert len(numbers) == 4
+    pid = machine.pid("other")
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    assert machine.status("other")["qemu"] == "does not answer"
+    assert "ended by SIGKILL" in machine("down", "--name", "other", "--timeout", "1").stderr
+    assert machine.pid("other") is None
+    assert machine.status()["qemu"] == "running"

@@ -220,6 +220,8 @@ def read_base(folder: Path, key: str) -> Base:
 
 def make_base(stage: Path, accounts: tuple[Account, ...]) -> Base:
     """Make a base in the folder `stage`/base; raises as `ensure_base` does."""
+    for program in ("mmdebstrap", "npm"):  # a host that lacks one learns it now, not at its turn
+        command.find_tool(program)
     base = stage / "base"
     root = base / "root"
     base.mkdir()
