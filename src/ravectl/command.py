@@ -61,18 +61,20 @@ def run(
     hint: str = "",
     redact: Sequence[str] = (),
     on_line: Callable[[str], None] | None = None,
+    on_quiet: Callable[[], None] | None = None,
     pass_fds: Sequence[int] = (),
 ) -> Result:
     """Run a command to its end and return what it printed.
 
-    `timeout` is in seconds. `on_line` receives each line of stderr as it comes. The command
+    `timeout` is in seconds. `on_line` receives each line of stderr as it comes; `on_quiet` is
+    called after each second without one. Either may raise, which ends the command. The command
     gets a session of its own and dies with this process, even by SIGKILL (PR_SET_PDEATHSIG).
     Raises HostError when the program is missing, RavectlError when it fails and `check` is
     set, DeadlineError when it takes too long; Ctrl-C ends the command before it goes up.
     """
     words = tuple(os.fspath(a) for a in argv)
     process = _start(words, env=env, cwd=cwd, pass_fds=pass_fds)
-    result = _finish(process, words, stdin, timeout, hint, redact, on_line)
+    result = _finish(process, words, stdin, timeout, hint, redact, on_line, on_quiet)
     if check and result.returncode != 0:
         raise failure(result, hint, redact)
     return result
@@ -132,6 +134,7 @@ def _finish(
     hint: str,
     redact: Sequence[str],
     on_line: Callable[[str], None] | None,
+    on_quiet: Callable[[], None] | None = None,
 ) -> Result:
     """Feed a started command, gather what it prints, and wait for its end."""
     started = time.monotonic()
@@ -149,8 +152,11 @@ def _finish(
         while True:
             left = started + timeout - time.monotonic()
             try:
-                line = lines.get(timeout=max(left, 0.01))
+                line = lines.get(timeout=max(min(left, 1.0) if on_quiet else left, 0.01))
             except queue.Empty:
+                if on_quiet and time.monotonic() < started + timeout:
+                    on_quiet()
+                    continue
                 raise DeadlineError(
                     f"{words[0]} did not finish within {timeout:.0f} s",
                     hint or "run the command again; with --verbose it shows every step",

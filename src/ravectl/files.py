@@ -239,3 +239,11 @@ def mount_points() -> list[Path]:
     lines = Path("/proc/self/mountinfo").read_text().splitlines()
     # mountinfo(5): blanks in a path are written as octal escapes
     return [Path(line.split()[4].encode().decode("unicode_escape")) for line in lines]
+
+
+def size_of(path: Path) -> int:
+    """The size of a file in bytes; 0 when it is not there, or not any more."""
+    try:
+        return path.lstat().st_size
+    except OSError:
+        return 0

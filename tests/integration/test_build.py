@@ -188,7 +188,7 @@ def test_a_mirror_that_stops_answering(cold: Tool) -> None:
             "build", "--safe", code=1, seconds=400,
             env={"RAVECTL_DEBIAN_MIRROR": mirror, "no_proxy": "127.0.0.1"},
         )  # fmt: skip
-    assert "mmdebstrap failed" in done.stderr
+    assert re.search("mmdebstrap failed|the mirror sent nothing", done.stderr)
     assert "check that the mirror answers" in done.stderr
     assert cold.cache is not None
     assert not leftovers(cold.cache)
@@ -234,11 +234,11 @@ def failing_mirror(packages: int) -> Iterator[tuple[str, list[str]]]:
 def test_a_mirror_that_stops_in_the_middle(cold: Tool) -> None:
     with failing_mirror(20) as (mirror, asked):
         done = cold(
-            "build", "--safe", code=1, seconds=400,
+            "build", "--safe", code=1, seconds=150,
             env={"RAVECTL_DEBIAN_MIRROR": mirror, "no_proxy": "127.0.0.1"},
         )  # fmt: skip
     assert sum(p.endswith(".deb") for p in asked) > 20
-    assert "mmdebstrap failed" in done.stderr
+    assert "the mirror sent nothing for" in done.stderr
     assert "check that the mirror answers" in done.stderr
     assert cold.cache is not None
     assert not leftovers(cold.cache)

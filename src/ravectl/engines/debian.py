@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import tarfile
+import time
 import uuid
 import zipfile
 from collections.abc import Callable
@@ -39,6 +40,8 @@ CMDLINE = "console=ttyS0 root=/dev/vda rw quiet net.ifnames=0 panic=-1"
 BASE_BYTES = 3 * 2**30  # of disk, while a base is made: measured 1.3 GB, with room to grow
 MIRROR_SECONDS = 20  # a mirror that says nothing for this long is asked once more, then given up
 NPM_SECONDS = 600.0
+STALLED_SECONDS = 2.0 * MIRROR_SECONDS + 5
+MIRROR_HINT = "check that the mirror answers (apt-get update), then build again"
 MIRROR_VARIABLE = "RAVECTL_DEBIAN_MIRROR"
 
 PACKAGES = (
@@ -266,6 +269,7 @@ def _bootstrap(root: Path, say: Callable[[str], None]) -> None:
         "--skip=cleanup/apt/lists",
         SUITE, root, host_mirror(),
     ]  # fmt: skip
+    watch = _Bootstrapping(root, say)
     command.run(
         command.isolated(argv),
         env={
@@ -275,9 +279,56 @@ def _bootstrap(root: Path, say: Callable[[str], None]) -> None:
             "INITRD": "No",  # no initramfs is made: ours replaces it
         },
         timeout=1800,
-        on_line=lambda line: say(line.removeprefix("I: ")) if line.startswith("I: ") else None,
-        hint="check that the mirror answers (apt-get update), then build again",
+        on_line=watch.line,
+        on_quiet=watch.quiet,
+        hint=MIRROR_HINT,
     )
+
+
+class _Bootstrapping:
+    """Follows mmdebstrap, and ends it when what it downloads stands still.
+
+    apt itself would go on with the next package, and wait as long for each of two hundred.
+    """
+
+    def __init__(self, root: Path, say: Callable[[str], None]) -> None:
+        self._root, self._say = root, say
+        self._began("")
+
+    def _began(self, phase: str) -> None:
+        self._phase, self._unpacked = phase, self._dpkg_log()
+        self._seen, self._since = -1, time.monotonic()
+
+    def line(self, line: str) -> None:
+        """Take a line that mmdebstrap printed."""
+        if line.startswith("I: "):
+            self._began(line.removeprefix("I: "))
+            self._say(self._phase)
+
+    def quiet(self) -> None:
+        """Look at the download; raises RavectlError when the mirror stopped answering."""
+        if not self._downloads():
+            return
+        seen = sum(files.size_of(p) for p in self._root.glob("var/cache/apt/archives/**/*"))
+        seen += sum(files.size_of(p) for p in self._root.glob("var/lib/apt/lists/**/*"))
+        if seen != self._seen:
+            self._seen, self._since = seen, time.monotonic()
+        elif time.monotonic() - self._since > STALLED_SECONDS:
+            raise RavectlError(
+                f"the mirror sent nothing for {STALLED_SECONDS:.0f} s", MIRROR_HINT,
+                details=self._phase,
+            )  # fmt: skip
+
+    def _downloads(self) -> bool:
+        if self._phase.startswith("downloading"):
+            return True
+        # apt downloads everything before dpkg starts
+        return self._phase.startswith("installing remaining") and (
+            self._dpkg_log() == self._unpacked
+        )
+
+    def _dpkg_log(self) -> int:
+        return files.size_of(self._root / "var/log/dpkg.log")
 
 
 def _host_apt_options() -> list[str]:
