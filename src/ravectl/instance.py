@@ -291,11 +291,7 @@ def _pidfd(uuid: str) -> Iterator[int | None]:
 
 def tail(path: Path, lines: int) -> str:
     """The last lines of a log, without control characters."""
-    text = re.sub(
-        r"\x1b(\[[0-9;?!]*[A-Za-z]|[()].|\][^\x07\x1b\n]*(\x07|\x1b\\)?)",
-        "",
-        _read_end(path, 2**18),
-    )
+    text = _ESCAPES.sub("", _read_end(path, 2**18))
     clean = "".join(c for c in text if c in "\n\t" or c >= " ")
     return "\n".join([line for line in clean.splitlines() if line.strip()][-lines:])
 

@@ -71,7 +71,7 @@ def up(
     """Bring the instance up and wait until every service of its Plan answers.
 
     An instance that exists keeps its disk and image; a new one gets the image that
-    `get_image` returns. `timeout` is in seconds, for all of it. When it fails the machine is
+    `get_image` returns. `timeout` is in seconds, from QEMU's start. When it fails the machine is
     stopped again, unless `keep_failed`. Raises RavectlError with the unit that did not start
     and its last lines, HostError when this host lacks something.
     """

@@ -241,6 +241,15 @@ class Plan:
                 return service
         raise KeyError(name)
 
+    def health_path(self, route: Route) -> str | None:
+        """Where through the ingress the service behind `route` tells its health, if it does."""
+        for s in self.services:
+            if s.health.port == route.upstream_port and s.health.path:
+                below = route.upstream_path or "/"
+                if s.health.path.startswith(below):
+                    return route.path + s.health.path.removeprefix(below)
+        return None
+
     def units(self, engine: EngineName) -> tuple[str, ...]:
         """The units that must be active, by the names that `engine` gives them."""
         return tuple(s.unit[engine] for s in self.services)

@@ -209,7 +209,7 @@ def failing_mirror(packages: int) -> Iterator[tuple[str, list[str]]]:
                 over.wait()
                 return
             try:
-                with urllib.request.urlopen(debian.host_mirror() + self.path) as answer:
+                with urllib.request.urlopen(debian.host_mirror() + self.path, timeout=60) as answer:
                     body, code = answer.read(), answer.status
             except urllib.error.HTTPError as e:
                 body, code = e.read(), e.code

@@ -100,7 +100,7 @@ def test_no_secret_is_seen(machine: Tool) -> None:
         assert path.stat().st_mode & 0o077 == 0 or path.suffix in {".crt", ".pub"}, path
 
 
-def test_two_instances_do_not_meet(machine: Tool) -> None:
+def test_an_instance_that_is_not_there(machine: Tool) -> None:
     done = machine("status", "--json", "--name", "other", code=1)
     assert "there is no instance 'other'" in done.stderr
 

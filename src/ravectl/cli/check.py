@@ -52,7 +52,8 @@ def verify(
         sys.stdout.write(text)
     else:
         files.write_atomic(output, text)
-    console.note(verification.summary(report))
+    if output is not None or fmt not in ("table", "markdown"):
+        console.note(verification.summary(report))  # the others say it themselves
     if not report.holds:
         raise typer.Exit(EXIT_CHECK)
 

@@ -102,13 +102,12 @@ def timed(plan: Plan) -> list[Trial]:
     (the router's is), and then the time is that of the transfer.
     """
     first = {t.route: t for t in reversed(admissions(plan))}
-    health = {s.health.port: s.health for s in plan.services}
+    status = {s.health.port: s.health.status for s in plan.services}
     found = []
     for r in plan.routes:
-        trial, known = first.get(r.name), health.get(r.upstream_port or 0)
-        if trial and known and known.path and known.path.startswith(r.upstream_path or "/"):
-            path = r.path + known.path.removeprefix(r.upstream_path or "/")
-            trial = dataclasses.replace(trial, path=path, statuses=(known.status,))
+        trial, path = first.get(r.name), plan.health_path(r)
+        if trial and path and r.upstream_port:
+            trial = dataclasses.replace(trial, path=path, statuses=(status[r.upstream_port],))
         if trial:
             found.append(trial)
     return found
