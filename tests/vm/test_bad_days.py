@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -89,7 +90,8 @@ def test_a_guest_that_panics(tool: Tool) -> None:
     # a kernel without a root file system panics; panic=-1 restarts it, again and again
     stored_copy(tool, cmdline="console=ttyS0 panic=-1 rdinit=/none root=/dev/none")
     done = tool("up", "--safe", code=1)
-    assert "kernel panicked 2 times" in done.stderr
+    # it restarts in 2 s, so on a busy host more than the two that are enough may be seen
+    assert re.search(r"kernel panicked [2-9] times", done.stderr), done.stderr
     assert "Kernel panic - not syncing" in done.stderr
     assert explained(done.stderr)
     tool.wait_for_no_qemu()

@@ -101,8 +101,8 @@ def test_no_secret_is_seen(machine: Tool) -> None:
 
 
 def test_an_instance_that_is_not_there(machine: Tool) -> None:
-    done = machine("status", "--json", "--name", "other", code=1)
-    assert "there is no instance 'other'" in done.stderr
+    done = machine("status", "--json", "--name", "never-made", code=1)
+    assert "there is no instance 'never-made'" in done.stderr
 
 
 def test_two_commands_on_one_instance(machine: Tool) -> None:
