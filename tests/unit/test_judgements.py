@@ -1,0 +1,556 @@
+"""Each judgement, on what a healthy machine answered and on the same answer gone wrong.
+
+The answers under `recorded/` are a real SAFE machine's (tests/record.py). A row of BROKEN changes
+one thing in one answer: exactly the check named fails, says the phrase, and names a remedy. A row
+of UNREADABLE leaves nothing to judge: that is an error, never a pass and never a failure.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ravectl import profile
+from ravectl.model import EngineName
+from ravectl.plan import make_plan
+from ravectl.verify import CHECKS, Check, Judgement, Subject
+from ravectl.verify.http import nearest_rank
+from ravectl.verify.service import boot_offset
+
+RECORDED = Path(__file__).parent / "recorded"
+SUBJECT = Subject(make_plan(**profile.select("safe", {}, None).plan_arguments()), EngineName.DEBIAN)
+BY_ID = {c.id: c for c in CHECKS}
+
+Change = Callable[[str], str]
+Rows = list[dict[str, Any]]
+
+
+def recorded(check: Check) -> str:
+    return (RECORDED / f"{check.probe.name}.txt").read_text()
+
+
+def judge(check: Check, output: str) -> Judgement:
+    return check.judge(SUBJECT, output)
+
+
+# --- how an answer is changed ----------------------------------------------------------------
+
+
+def swap(old: str, new: str) -> Change:
+    """The first `old` of the answer becomes `new`."""
+
+    def change(text: str) -> str:
+        assert old in text, f"the recording does not hold {old!r}"
+        return text.replace(old, new, 1)
+
+    return change
+
+
+def chain(*changes: Change) -> Change:
+    def change(text: str) -> str:
+        for one in changes:
+            text = one(text)
+        return text
+
+    return change
+
+
+def unit(name: str, **values: str) -> Change:
+    """Properties of one unit, as `systemctl show` printed them."""
+
+    def change(text: str) -> str:
+        blocks = text.split("\n\n")
+        (at,) = [i for i, b in enumerate(blocks) if f"\nId={name}\n" in b]
+        block = blocks[at]
+        for key, value in values.items():
+            block, count = re.subn(rf"(?m)^{key}=.*$", f"{key}={value}", block, count=1)
+            assert count == 1, key
+        return "\n\n".join([*blocks[:at], block, *blocks[at + 1 :]])
+
+    return change
+
+
+def within(name: str, line: str) -> Change:
+    """One more line at the start of a section."""
+    return swap(f"== {name} ==\n", f"== {name} ==\n{line}\n")
+
+
+def without(name: str) -> Change:
+    """A section left out."""
+
+    def change(text: str) -> str:
+        found = re.sub(rf"(?ms)^== {name} ==\n.*?(?=^== )", "", text)
+        assert found != text
+        return found
+
+    return change
+
+
+def rows(where: dict[str, str], edit: Callable[[dict[str, Any]], object]) -> Change:
+    """`edit` each JSON line whose values are those of `where`; other lines stay."""
+
+    def change(text: str) -> str:
+        out, hits = [], 0
+        for line in text.splitlines():
+            row = json.loads(line) if line.startswith("{") else {}
+            if row and all(row.get(k) == v for k, v in where.items()):
+                edit(row)
+                hits += 1
+                line = json.dumps(row)  # noqa: PLW2901
+            out.append(line)
+        assert hits, where
+        return "\n".join(out) + "\n"
+
+    return change
+
+
+def put(where: dict[str, str], **values: Any) -> Change:
+    return rows(where, lambda row: row.update(values))
+
+
+def lost(where: dict[str, str], key: str, **values: Any) -> Change:
+    """The answer of a row gives way to something else."""
+
+    def edit(row: dict[str, Any]) -> None:
+        del row[key]
+        row.update(values)
+
+    return rows(where, edit)
+
+
+def gone(where: dict[str, str]) -> Change:
+    """The JSON lines whose values are those of `where` are left out."""
+
+    def change(text: str) -> str:
+        kept = []
+        for line in text.splitlines():
+            row = json.loads(line) if line.startswith("{") else {}
+            if not (row and all(row.get(k) == v for k, v in where.items())):
+                kept.append(line)
+        assert len(kept) < len(text.splitlines()), where
+        return "".join(f"{line}\n" for line in kept)
+
+    return change
+
+
+def header(page: str, **values: str | None) -> Change:
+    """Headers of one page; None takes one away, `_` stands for `-`."""
+
+    def edit(row: dict[str, Any]) -> None:
+        for name, value in values.items():
+            key = name.replace("_", "-")
+            row["headers"].pop(key, None)
+            if value is not None:
+                row["headers"][key] = value
+
+    return rows({"page": page}, edit)
+
+
+def ruleset(edit: Callable[[Rows], object]) -> Change:
+    """The firewall's rules, as nft printed them."""
+
+    def change(text: str) -> str:
+        (line,) = [x for x in text.splitlines() if x.startswith('{"nftables"')]
+        tree = json.loads(line)
+        edit(tree["nftables"])
+        return text.replace(line, json.dumps(tree))
+
+    return change
+
+
+def policy_accept(items: Rows) -> None:
+    (found,) = [i["chain"] for i in items if i.get("chain", {}).get("name") == "input"]
+    found["policy"] = "accept"
+
+
+def rule(*expr: dict[str, Any]) -> Change:
+    """One more rule of the input chain."""
+    body = {"family": "inet", "table": "rave", "chain": "input", "handle": 99, "expr": list(expr)}
+    return ruleset(lambda items: items.append({"rule": body}))
+
+
+def match(protocol: str, field: str, right: Any) -> dict[str, Any]:
+    left = {"payload": {"protocol": protocol, "field": field}}
+    return {"match": {"op": "==", "left": left, "right": right}}
+
+
+def targets(edit: Callable[[Rows], object]) -> Change:
+    def change(text: str) -> str:
+        (line,) = [x for x in text.splitlines() if x.startswith("{")]
+        tree = json.loads(line)
+        edit(tree["data"]["activeTargets"])
+        return text.replace(line, json.dumps(tree))
+
+    return change
+
+
+def offer(key: str, algorithm: str) -> Change:
+    """sshd offers one more algorithm in its KEXINIT."""
+
+    def edit(row: dict[str, Any]) -> None:
+        if "offer" in row:
+            row["offer"][key].append(algorithm)
+
+    return rows({}, edit)
+
+
+ACCEPT = {"accept": None}
+NGINX, ROUTER, KANBAN = "nginx.service", "claude-code-router.service", "vibe-kanban.service"
+PASSWORD_TRY = {"try": "password"}
+ROOT_TRY = {"try": "key", "user": "root"}
+CONSOLE = "localhost/, signed in"
+LISTENER = 'tcp LISTEN 0 80 {0} 0.0.0.0:* users:(("postgres",pid=9,fd=6))'
+SLOW = 90_000_000  # us: a start that S3 does not allow
+
+
+# --- the tables ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Broken:
+    """One thing wrong, the checks that it fails, and what the first of them must say."""
+
+    ids: str
+    name: str
+    change: Change
+    says: str
+
+
+BROKEN = (
+    # S1, S2
+    Broken("S1", "degraded", chain(
+        swap("SystemState=running", "SystemState=degraded"),
+        swap("NFailedUnits=0", "NFailedUnits=1"),
+        within("failed", "apt-daily.service loaded failed failed Daily apt"),
+    ), "apt-daily.service has failed"),
+    Broken("S1", "failed but not listed", swap("NFailedUnits=0", "NFailedUnits=2"),
+           "2 units have failed"),
+    Broken("S1", "still starting", chain(
+        swap("SystemState=running", "SystemState=starting"),
+        within("jobs", "12 slow.service start running"),
+    ), "slow.service has a job waiting"),
+    Broken("S2", "a unit failed",
+           unit(NGINX, ActiveState="failed", SubState="failed", Result="exit-code"),
+           "nginx.service is failed (failed, exit-code)"),
+    Broken("S2", "a unit is stopped", unit(KANBAN, ActiveState="inactive", SubState="dead"),
+           "vibe-kanban.service is inactive (dead)"),
+    Broken("S2", "a unit is not there", unit(NGINX, LoadState="not-found"),
+           "nginx.service is not-found"),
+    Broken("S2", "a unit is masked", unit(NGINX, LoadState="masked"), "nginx.service is masked"),
+    Broken("S2", "restarted again and again",
+           unit(ROUTER, NRestarts="7", ActiveEnterTimestampMonotonic="16000000"),
+           "claude-code-router.service was restarted 7 times"),
+    # S3
+    Broken("S3", "a unit came late", chain(
+        swap("FinishTimestampMonotonic=17030490", f"FinishTimestampMonotonic={SLOW + 1}"),
+        unit(NGINX, ActiveEnterTimestampMonotonic=str(SLOW)),
+    ), "91.5 s, the last was nginx.service"),
+    Broken("S3", "never active", unit(NGINX, ActiveEnterTimestampMonotonic="0"),
+           "nginx.service has not been active yet"),
+    Broken("S3", "QEMU itself was slow", chain(
+        swap("FinishTimestampMonotonic=17030490", f"FinishTimestampMonotonic={SLOW}"),
+        unit(NGINX, ActiveEnterTimestampMonotonic="55000000"),
+        swap("== age ==\n40.793", "== age ==\n45.793"),
+    ), "61.5 s, the last was nginx.service"),
+    Broken("S3", "late, by the journal", chain(
+        unit(NGINX, ActiveEnterTimestampMonotonic="200000000"),
+        within("journal", json.dumps({"UNIT": NGINX, "__MONOTONIC_TIMESTAMP": f"{SLOW}"})),
+    ), "91.5 s, the last was nginx.service"),
+    # S4
+    Broken("S4", "more memory than the profile",
+           swap("MemTotal:        2021552", "MemTotal: 8021552"),
+           "6191 MB are used"),
+    Broken("S4", "MemoryMax is another", unit(ROUTER, MemoryMax="infinity"),
+           "MemoryMax is infinity, not 335544320"),
+    Broken("S4", "CPUQuota is another", unit(ROUTER, CPUQuotaPerSecUSec="infinity"),
+           "CPUQuota is not set, not 200%"),
+    Broken("S4", "OOMScoreAdjust is another", unit(ROUTER, OOMScoreAdjust="0"),
+           "OOMScoreAdjust is 0, not 300"),
+    Broken("S4", "TasksMax is another", unit(ROUTER, TasksMax="4915"), "TasksMax is 4915, not 64"),
+    Broken("S4", "no memory limit in the kernel",
+           swap("/nginx.service|67108864|", "/nginx.service|max|"),
+           "the kernel's memory.max is max"),
+    Broken("S4", "no CPU limit in the kernel",
+           swap("/nginx.service|67108864|100000 100000|", "/nginx.service|67108864|max 100000|"),
+           "the kernel's cpu.max is max 100000"),
+    Broken("S4", "no limit of tasks in the kernel",
+           swap("|100000 100000|64\n", "|100000 100000|max\n"), "the kernel's pids.max is max"),
+    Broken("S4", "no control group", unit(NGINX, ControlGroup=""),
+           "nginx.service: has no control group"),
+    # X1
+    Broken("X1", "passwords are taken",
+           swap("\npasswordauthentication no", "\npasswordauthentication yes"),
+           "passwordauthentication is yes"),
+    Broken("X1", "root may log in", swap("\npermitrootlogin no", "\npermitrootlogin yes"),
+           "permitrootlogin is yes"),
+    Broken("X1", "root may log in by key",
+           swap("\npermitrootlogin no", "\npermitrootlogin prohibit-password"),
+           "permitrootlogin is prohibit-password"),
+    Broken("X1", "six tries", swap("\nmaxauthtries 3", "\nmaxauthtries 6"), "maxauthtries is 6"),
+    Broken("X1", "an old cipher is set", swap("\nciphers ", "\nciphers 3des-cbc,"),
+           "sshd is set to 3des-cbc (ciphers)"),
+    Broken("X1", "an old host key is offered", offer("hostkeyalgorithms", "ssh-rsa"),
+           "sshd offers ssh-rsa (hostkeyalgorithms)"),
+    Broken("X1", "an old exchange is offered",
+           offer("kexalgorithms", "diffie-hellman-group14-sha1"),
+           "sshd offers diffie-hellman-group14-sha1 (kexalgorithms)"),
+    Broken("X1", "an old MAC is offered", offer("macs-in", "hmac-sha1"),
+           "sshd offers hmac-sha1 (macs-in)"),
+    Broken("X1", "a password is let in", put(PASSWORD_TRY, outcome="let in"),
+           "a password login: let in"),
+    Broken("X1", "a password may be tried", put(PASSWORD_TRY, methods=["password", "publickey"]),
+           "methods ['password', 'publickey']"),
+    Broken("X1", "the key is refused", put(PASSWORD_TRY, key="refused"),
+           "the operator's key is refused"),
+    Broken("X1", "root is let in", put(ROOT_TRY, outcome="let in"), "root was let in"),
+    # X2
+    Broken("X2", "the database listens outside", swap("127.0.0.1:5432", "0.0.0.0:5432"),
+           "tcp 0.0.0.0:5432 (postgres) listens to the outside"),
+    Broken("X2", "a datagram port is open",
+           within("listeners", 'udp UNCONN 0 0 0.0.0.0:111 0.0.0.0:* users:(("rpcbind",pid=9))'),
+           "udp 0.0.0.0:111 (rpcbind) listens to the outside"),
+    Broken("X2", "on IPv6", within("listeners", LISTENER.format("[::]:5432")),
+           "tcp :::5432 (postgres) listens to the outside"),
+    Broken("X2", "a stranger on loopback", within("listeners", LISTENER.format("127.0.0.1:6379")),
+           "127.0.0.1:6379 (postgres) is not in the Plan"),
+    Broken("X2", "nothing listens", swap("0.0.0.0:3002", "127.0.0.1:3002"),
+           "nothing listens on port 3002"),
+    Broken("X2", "the policy is accept", ruleset(policy_accept), "no firewall"),
+    Broken("X2", "one port more", rule(match("tcp", "dport", 5432), ACCEPT),
+           "the firewall accepts port 5432"),
+    Broken("X2", "a range of ports",
+           rule(match("tcp", "dport", {"range": [8000, 8002]}), ACCEPT),
+           "the firewall accepts port 8001"),
+    Broken("X2", "a network let in", rule(match("ip", "saddr", "10.0.2.2"), ACCEPT),
+           "the firewall also accepts"),
+    Broken("X2", "all let in", rule(ACCEPT), "the firewall also accepts: anything"),
+    Broken("X2", "left to a program",
+           rule({"queue": {"num": 0}}), "the firewall also accepts"),
+    Broken("X2", "a port closed", swap('"right": {"set": [22, 3002]}', '"right": {"set": [22]}'),
+           "the firewall does not accept port 3002"),
+    Broken("X2", "a port answers", swap("10.0.2.15 5432 closed", "10.0.2.15 5432 open"),
+           "10.0.2.15:5432 answers"),
+    Broken("X2", "SSH does not answer", swap("10.0.2.15 22 open", "10.0.2.15 22 closed"),
+           "10.0.2.15:22 does not answer"),
+    # O1
+    Broken("O1", "a target is down",
+           targets(lambda t: t[0].update(health="down", lastError="connection refused")),
+           "node is down: connection refused"),
+    Broken("O1", "a target was not scraped yet", targets(lambda t: t[0].update(health="unknown")),
+           "node is unknown"),
+    Broken("O1", "a job is missing", targets(lambda t: t.pop(0)), "node is not scraped"),
+    Broken("O1", "a job too many",
+           targets(lambda t: t.append({**t[0], "scrapePool": "stranger"})),
+           "stranger is scraped and not in the Plan"),
+    Broken("O1", "another address",
+           targets(lambda t: t[0].update(scrapeUrl="http://10.0.2.2:9100/metrics")),
+           "is scraped at http://10.0.2.2:9100/metrics"),
+    # H1, H2
+    Broken("H1", "a service is down", put({"route": "kanban"}, status=502),
+           "kanban (localhost/kanban/), signed in: 502, not 302"),
+    Broken("H1", "the password is refused", put({"route": "console"}, status=401),
+           "signed in: 401, not 200"),
+    Broken("H1", "no answer", lost({"route": "console"}, "status", error="no answer in time"),
+           "no answer in time"),
+    Broken("H2", "open to all", put({"route": "kanban", "who": "no credentials"}, status=200),
+           "no credentials: 200, not 401"),
+    Broken("H2", "any password will do",
+           put({"route": "router", "who": "wrong password"}, status=200),
+           "wrong password: 200, not 401"),
+    Broken("H2", "any key will do", put({"route": "router-host", "who": "wrong key"}, status=200),
+           "wrong key: 200, not 401"),
+    Broken("H2", "the router's key opens more",
+           put({"route": "console", "who": "right key"}, status=200), "right key: 200, not 401"),
+    Broken("H2", "metrics are shown", put({"route": "metrics", "who": "signed in"}, status=200),
+           "signed in: 200, not 403 or 404"),
+    Broken("H2", "open, and others unanswered", chain(
+        put({"route": "kanban", "who": "no credentials"}, status=200),
+        lost({"route": "console", "who": "wrong key"}, "status", error="no answer in time"),
+    ), "no credentials: 200, not 401"),
+    # H3
+    Broken("H3", "TLS 1.2 is agreed on",
+           lost({"try": "old", "host": "kanban.localhost"}, "refused", version="TLSv1.2"),
+           "kanban.localhost speaks TLSv1.2"),
+    Broken("H3", "an older version is preferred",
+           put({"try": "trusted", "host": "localhost"}, version="TLSv1.2"),
+           "localhost agreed on TLSv1.2"),
+    Broken("H3", "another CA",
+           lost({"try": "trusted", "host": "localhost"}, "version",
+                error="certificate: self-signed certificate"),
+           "localhost: certificate: self-signed certificate"),
+    Broken("H3", "trusted by all", lost({"try": "untrusted"}, "refused", version="TLSv1.3"),
+           "accepted without the workspace's CA"),
+    Broken("H3", "no HSTS", header(CONSOLE, strict_transport_security=None),
+           "no good strict-transport-security"),
+    Broken("H3", "HSTS that ends at once",
+           header(CONSOLE, strict_transport_security="max-age=0"),
+           "no good strict-transport-security"),
+    Broken("H3", "no nosniff", header(CONSOLE, x_content_type_options=None),
+           "no good x-content-type-options"),
+    Broken("H3", "framing allowed",
+           header(CONSOLE, x_frame_options=None, content_security_policy="default-src 'self'"),
+           "no good x-frame-options"),
+    Broken("H3", "a referrer for all", header(CONSOLE, referrer_policy="unsafe-url"),
+           "no good referrer-policy"),
+    Broken("H3", "no CSP", header(CONSOLE, content_security_policy=None),
+           "no good content-security-policy"),
+    Broken("H3", "no headers where the sign-in failed",
+           header("localhost/, no credentials", x_content_type_options=None),
+           "localhost/, no credentials: no good x-content-type-options"),
+    Broken("H3", "the server's version", header(CONSOLE, server="nginx/1.26.3"),
+           "server shows 'nginx/1.26.3'"),
+    Broken("H3", "what it is made with", header(CONSOLE, x_powered_by="Express"),
+           "x-powered-by shows 'Express'"),
+    Broken("H3", "a version in an error page",
+           put({"page": "localhost/, no credentials"}, body="<center>nginx/1.26.3</center>"),
+           "shows nginx/1.26.3"),
+    Broken("H3", "a version in the answer to nonsense",
+           put({"raw": "malformed request"}, text="HTTP/1.1 400 Bad\r\nServer: nginx/1.26.3"),
+           "malformed request: the answer shows nginx/1.26.3"),
+    # H4
+    Broken("H4", "a slow route", put({"route": "kanban"}, ms=[10.0] * 494 + [210.0] * 6),
+           "kanban: p99 is 210 ms"),
+    Broken("H4", "exactly the limit", put({"route": "kanban"}, ms=[200.0] * 500),
+           "kanban: p99 is 200 ms"),
+    Broken("H4", "other answers", put({"route": "kanban"}, unexpected={"502": 3}),
+           "kanban: 3 times 502"),
+    Broken("H4", "not all answered", put({"route": "kanban"}, ms=[10.0] * 400),
+           "kanban: 400 of 500 requests answered in time"),
+    Broken("H4", "none answered",
+           put({"route": "kanban"}, ms=[], unexpected={"no answer in time": 1}),
+           "kanban: 1 times no answer in time"),
+)  # fmt: skip
+
+UNREADABLE = (
+    ("S1", "systemd is silent", swap("SystemState=running\n", "")),
+    ("S2", "a unit without an answer", unit(NGINX, Id="other.service", Names="other.service")),
+    ("S3", "no boot time", swap("FinishTimestampMonotonic=17030490", "FinishTimestampMonotonic=x")),
+    ("S3", "restarted, and the journal is gone",
+     unit(NGINX, ActiveEnterTimestampMonotonic=str(SLOW))),
+    ("S4", "no account of memory", swap("MemTotal:", "Mem:")),
+    ("X1", "another machine answers", put(ROOT_TRY, host_key="other")),
+    ("X1", "no login could be tried", lost(PASSWORD_TRY, "outcome", error="timed out")),
+    ("X1", "sshd -T failed", without("sshd")),
+    ("X1", "no offer was seen", rows({}, lambda row: "offer" in row and row.update(offer=None))),
+    ("X2", "no rules", swap('{"nftables"', '{"nothing"')),
+    ("X2", "rules that are no JSON", swap('{"nftables"', "nftables")),
+    ("X2", "listeners cannot be read", within("listeners", "bash: ss: command not found")),
+    ("X2", "no outer address", swap("10.0.2.15 22 open", "10.0.2.15 22")),
+    ("O1", "not Prometheus", swap('{"status":"success"', "502 Bad Gateway")),
+    ("O1", "an error of Prometheus", swap('"status":"success"', '"status":"error"')),
+    ("H1", "a request was not made", gone({"route": "healthz"})),
+    ("H2", "a request was not made", gone({"route": "kanban", "who": "wrong key"})),
+    ("H2", "refused by nobody: no answer",
+     lost({"route": "kanban", "who": "wrong key"}, "status", error="no answer in time")),
+    ("H3", "old TLS not tried", lost({"try": "old"}, "refused", error="no protocols available")),
+    ("H3", "the chain was not tried", gone({"try": "untrusted"})),
+    ("H3", "a page was not asked for", gone({"page": CONSOLE})),
+    ("H4", "a route was not asked", gone({"route": "kanban"})),
+    ("H4", "times that are no numbers", put({"route": "kanban"}, ms=["fast"])),
+    ("H4", "times that are no times", put({"route": "kanban"}, ms=[float("nan")] * 500)),
+)  # fmt: skip
+
+
+# --- the tests -------------------------------------------------------------------------------
+
+
+def same_probe(check: Check) -> Iterable[Check]:
+    return (c for c in CHECKS if c.probe == check.probe)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.id)
+def test_a_healthy_machine_holds(check: Check) -> None:
+    found = judge(check, recorded(check))
+    assert (found.ok, found.ran) == (True, True), found.seen
+
+
+@pytest.mark.parametrize("row", BROKEN, ids=lambda r: f"{r.ids}: {r.name}")
+def test_one_thing_wrong_fails_exactly_its_check(row: Broken) -> None:
+    check = BY_ID[row.ids]
+    output = row.change(recorded(check))
+    for each in same_probe(check):
+        found = judge(each, output)
+        if each is check:
+            assert (found.ok, found.ran) == (False, True), found.seen
+            assert row.says in found.seen
+            assert found.remedy
+        else:
+            assert found.ok, f"{each.id} fails too: {found.seen}"
+
+
+@pytest.mark.parametrize(
+    ("number", "change"),
+    [(i, c) for i, _, c in UNREADABLE],
+    ids=[f"{i}: {n}" for i, n, _ in UNREADABLE],
+)
+def test_what_proves_nothing_is_an_error(number: str, change: Change) -> None:
+    check = BY_ID[number]
+    found = judge(check, change(recorded(check)))
+    assert (found.ok, found.ran) == (False, False), found.seen
+    assert found.remedy
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.id)
+def test_an_answer_that_was_cut_off_is_not_judged(check: Check) -> None:
+    whole = recorded(check)
+    lines = whole.splitlines(keepends=True)
+    for kept in range(0, len(lines), max(1, len(lines) // 40)):
+        found = judge(check, "".join(lines[:kept]))
+        assert not found.ok, f"holds with {kept} of {len(lines)} lines"
+    assert not judge(check, "").ran
+    assert not judge(check, whole[: len(whole) // 2]).ok
+
+
+def test_every_check_is_broken_in_some_way() -> None:
+    assert {r.ids for r in BROKEN} == set(BY_ID) == {i for i, _, _ in UNREADABLE}
+
+
+def test_a_unit_restarted_after_the_boot_started_when_it_first_did() -> None:
+    check = BY_ID["S3"]
+    first = {"UNIT": NGINX, "__MONOTONIC_TIMESTAMP": "16000000"}
+    again = {"UNIT": NGINX, "__MONOTONIC_TIMESTAMP": f"{SLOW}"}
+    change = chain(
+        unit(NGINX, ActiveEnterTimestampMonotonic=str(SLOW)),
+        within("journal", f"{json.dumps(again)}\n{json.dumps(first)}\nno JSON"),
+    )
+    assert judge(check, change(recorded(check))).ok
+
+
+def test_quiet_restarts_of_long_ago_are_no_fault() -> None:
+    change = chain(unit(ROUTER, NRestarts="7"), swap("== uptime ==\n39.34", "== uptime ==\n99.34"))
+    assert judge(BY_ID["S2"], change(recorded(BY_ID["S2"]))).ok
+
+
+@pytest.mark.parametrize(
+    ("expr", "why"),
+    [
+        ([match("icmpv6", "type", "echo-request"), ACCEPT], "ping"),
+        ([match("tcp", "dport", 22), {"limit": {"rate": 3}}, ACCEPT], "an open port, limited"),
+        ([match("tcp", "dport", 5432), {"drop": None}], "a port that is dropped"),
+        ([{"counter": {"packets": 1, "bytes": 2}}], "a counter"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_harmless_rules_are_no_fault(expr: list[dict[str, Any]], why: str) -> None:
+    found = judge(BY_ID["X2"], rule(*expr)(recorded(BY_ID["X2"])))
+    assert found.ok, (why, found.seen)
+
+
+def test_the_offset_of_the_clocks() -> None:
+    assert boot_offset(None, 5.0) is None
+    assert boot_offset(6.5, 5.0) == 1.5
+    assert boot_offset(4.5, 5.0) == 0.0  # clocks read one after the other
+    assert boot_offset(1.0, 5.0) is None  # older than its QEMU: from a snapshot
+    assert boot_offset(100.0, 5.0) is None  # was paused
+
+
+def test_nearest_rank() -> None:
+    assert nearest_rank([7.0], 99) == 7.0
+    assert nearest_rank([float(n) for n in range(1, 101)], 99) == 99.0
+    assert nearest_rank([float(n) for n in range(1, 501)], 99) == 495.0
