@@ -62,6 +62,9 @@ class Tool:
     def instance(self, name: str = "default") -> instance.Instance:
         return instance.Instance(self.workspace / ".rave" / "instances" / name, name)
 
+    def secret(self, name: str) -> str:
+        return self("secrets", "get", name).stdout.rstrip("\n")
+
     def pid(self, name: str = "default") -> int | None:
         process = self.instance(name).process()
         return process.pid if process else None
@@ -91,6 +94,14 @@ class Tool:
         for found in instance.list_instances(self.workspace / ".rave" / "instances"):
             if process := found.process():
                 os.kill(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_age_key(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test sees or changes the age keys of whoever runs it."""
+    os.environ["XDG_CONFIG_HOME"] = str(tmp_path_factory.mktemp("config"))
+    for name in ("SOPS_AGE_KEY", "SOPS_AGE_KEY_FILE"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture

@@ -231,6 +231,12 @@ def spawn(
         os.close(sink)
 
 
+def interactive(argv: Argv) -> int:
+    """Run a command on the person's own terminal and return its exit code (an editor)."""
+    words = [os.fspath(a) for a in argv]
+    return subprocess.run([find_tool(words[0]), *words[1:]], check=False).returncode
+
+
 def isolated(argv: Argv) -> list[str | os.PathLike[str]]:
     """`argv` in a mount and process namespace of its own (root only).
 

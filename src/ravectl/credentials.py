@@ -1,8 +1,8 @@
-"""Keys, certificates and passwords: of the workspace, and of each instance.
+"""Keys, certificates and passwords: how they are made, and what a good one looks like. Pure.
 
-They are made once, kept in private files (mode 0600 in folders of mode 0700) and handed to a
-machine at boot; none is ever part of an image, an argument or a message. Callers at the same
-time get the same ones.
+Values are text, as they stand in the encrypted file and in the guest. Who keeps them and who
+gets them is said in vault.py; the operator's SSH key is the one that is a file here, because
+OpenSSH's client reads it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from ravectl import files
 from ravectl.errors import RavectlError
+from ravectl.model import SecretKind
 
 T = TypeVar("T")
 
@@ -40,91 +41,95 @@ PASSWORD_CHARACTERS = string.ascii_letters + string.digits
 PASSWORD_LENGTH = 24  # 142 bits
 _PASSWORD_MINIMUM = 22  # 130 bits: what a hash as fast as the ingress's needs
 _SALT_BYTES = 16
-_SHA1_BYTES = 20
+_SCRAM_ITERATIONS = 4096  # PostgreSQL's scram_iterations: its clients compute them at each login
+_MAX_GIVEN = 16384
 
 
 @dataclass(frozen=True)
-class WorkspaceKeys:
-    """The files that all instances of a workspace share."""
+class OperatorKey:
+    """The operator's SSH key: a private file, and its public half."""
 
-    ca_cert: Path
-    ca_key: Path
-    operator_key: Path
-    operator_public: str  # "ssh-ed25519 AAAA..."
+    file: Path
+    public: str  # "ssh-ed25519 AAAA..."
 
 
-@dataclass(frozen=True)
-class InstanceCredentials:
-    """What an instance is given at boot, and what its user needs. Holds paths, no secret."""
-
-    files: dict[str, Path]  # by the Plan's name of the secret
-    host_key: str  # "ssh-ed25519 AAAA...", public
-    ingress_user: str
-    ingress_password_file: Path
-    router_key_file: Path
-
-    def ingress_password(self) -> str:
-        """The password of the ingress; raises RavectlError when its file is damaged."""
-        return _read_password(self.ingress_password_file)
-
-    def router_key(self) -> str:
-        """The API key of Claude Code Router; raises RavectlError when its file is damaged."""
-        return _read_password(self.router_key_file)
-
-
-def ensure_workspace_keys(ca_dir: Path, ssh_dir: Path) -> WorkspaceKeys:
-    """The certificate authority and the operator's key of a workspace, made if need be.
-
-    Raises RavectlError naming a damaged file, HostError when the folders cannot be written.
-    """
-    files.make_private_dir(ca_dir)
-    files.make_private_dir(ssh_dir)
-    ca_cert, ca_key, operator_key = ca_dir / "ca.crt", ca_dir / "ca.key", ssh_dir / "id_ed25519"
-    with files.lock(ca_dir / ".lock", "the workspace's keys", wait=True):
-        _ensure_ca(ca_cert, ca_key)
-        public = _ensure_ssh_key(operator_key)
-        _ensure_content(operator_key.with_suffix(".pub"), f"{public} ravectl\n")
-    return WorkspaceKeys(ca_cert, ca_key, operator_key, public)
-
-
-def ensure_instance(
-    folder: Path, keys: WorkspaceKeys, *, hostname: str, operator: str
-) -> InstanceCredentials:
-    """The credentials of the instance that is kept in `folder`, made or renewed if need be.
-
-    `operator` is the machine's account that may log in and the user of the ingress. The
-    certificate is renewed when less than 30 days of it are left, or when the authority or
-    `hostname` is another. Raises RavectlError naming a damaged file, HostError when the folder
-    cannot be written.
-    """
-    files.make_private_dir(folder)
-    store = files.make_private_dir(folder / "credentials")
-    paths = {
-        name: store / name.replace("/", ".")
-        for name in (
-            "ssh/host-key", "ssh/authorized-keys", "ingress/tls-key", "ingress/tls-cert",
-            "ingress/htpasswd", "ccr/api-key",
+def new_value(kind: SecretKind) -> str:
+    """A new random value of a kind that depends on no other value; ValueError for the others."""
+    if kind is SecretKind.PASSWORD:
+        return "".join(secrets.choice(PASSWORD_CHARACTERS) for _ in range(PASSWORD_LENGTH))
+    if kind is SecretKind.SSH_KEY:
+        return _private_text(
+            ed25519.Ed25519PrivateKey.generate(), serialization.PrivateFormat.OpenSSH
         )
-    }  # fmt: skip
-    password_file = folder / "ingress.password"
-    with files.lock(store / ".lock", f"the credentials in {folder}", wait=True):
-        host_key = _ensure_ssh_key(paths["ssh/host-key"])
-        _ensure_content(paths["ssh/authorized-keys"], f"{keys.operator_public} {operator}\n")
-        _ensure_server(paths["ingress/tls-cert"], paths["ingress/tls-key"], keys, hostname)
-        _ensure_password(paths["ccr/api-key"])
-        _ensure_htpasswd(paths["ingress/htpasswd"], operator, _ensure_password(password_file))
-    return InstanceCredentials(paths, host_key, operator, password_file, paths["ccr/api-key"])
+    if kind in (SecretKind.TLS_KEY, SecretKind.CA_KEY):
+        key = ec.generate_private_key(ec.SECP256R1())
+        return _private_text(key, serialization.PrivateFormat.PKCS8)
+    raise ValueError(f"a secret of kind {kind.value} is not made at random")
+
+
+def fault(kind: SecretKind, text: str) -> str | None:
+    """What is wrong with a value of `kind`, in words that do not quote it; None when it is good."""
+    try:
+        _parse(kind, text)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        return _EXPECTED[kind]
+    return None
+
+
+_EXPECTED = {
+    SecretKind.PASSWORD: f"not {_PASSWORD_MINIMUM} or more letters and digits",
+    SecretKind.SSH_KEY: "not an Ed25519 private key in OpenSSH's format",
+    SecretKind.TLS_KEY: "not an unencrypted elliptic curve key in PEM",
+    SecretKind.CA_KEY: "not an unencrypted elliptic curve key in PEM",
+    SecretKind.TLS_CERT: "not a certificate in PEM",
+    SecretKind.CA_CERT: "not a certificate in PEM",
+    SecretKind.GIVEN: f"empty, of more than one line, or longer than {_MAX_GIVEN} characters",
+}
+
+
+def _parse(kind: SecretKind, text: str) -> None:
+    if kind is SecretKind.PASSWORD:
+        if len(text) < _PASSWORD_MINIMUM or set(text) - set(PASSWORD_CHARACTERS):
+            raise ValueError
+    elif kind is SecretKind.SSH_KEY:
+        _parse_ssh_key(text.encode())
+    elif kind in (SecretKind.TLS_KEY, SecretKind.CA_KEY):
+        _parse_tls_key(text)
+    elif kind in (SecretKind.TLS_CERT, SecretKind.CA_CERT):
+        x509.load_pem_x509_certificate(text.encode())
+    elif not text.strip() or not text.isprintable() or len(text) > _MAX_GIVEN:
+        raise ValueError
 
 
 # --- SSH -------------------------------------------------------------------------------------
 
 
-def _ensure_ssh_key(path: Path) -> str:
-    """The public half of the key in `path`, in OpenSSH's form without a comment."""
-    key = _load(path, _parse_ssh_key)
-    if key is None:
-        key = ed25519.Ed25519PrivateKey.generate()
-        _write(path, _private_pem(key, serialization.PrivateFormat.OpenSSH))
+def ensure_operator_key(ssh_dir: Path) -> OperatorKey:
+    """The operator's key of a workspace, made if need be.
+
+    Raises RavectlError naming a damaged file, HostError when the folder cannot be written.
+    """
+    files.make_private_dir(ssh_dir)
+    path = ssh_dir / "id_ed25519"
+    with files.lock(ssh_dir / ".lock", "the operator's key", wait=True):
+        key = _load(path, _parse_ssh_key)
+        if key is None:
+            text = new_value(SecretKind.SSH_KEY)
+            files.write_atomic(path, text, files.PRIVATE_FILE)
+            key = _parse_ssh_key(text.encode())
+        public = _public_line(key)
+        line = f"{public} ravectl\n"
+        if _load(path.with_suffix(".pub"), bytes.decode) != line:
+            files.write_atomic(path.with_suffix(".pub"), line, files.PRIVATE_FILE)
+    return OperatorKey(path, public)
+
+
+def ssh_public(private: str) -> str:
+    """The public half of a private key, in OpenSSH's form without a comment."""
+    return _public_line(_parse_ssh_key(private.encode()))
+
+
+def _public_line(key: ed25519.Ed25519PrivateKey) -> str:
     public = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
     return key.public_key().public_bytes(*public).decode()
 
@@ -139,39 +144,33 @@ def _parse_ssh_key(data: bytes) -> ed25519.Ed25519PrivateKey:
 # --- TLS -------------------------------------------------------------------------------------
 
 
-def _ensure_ca(cert_file: Path, key_file: Path) -> None:
-    key = _load(key_file, _parse_tls_key)
-    if key is None:
-        # first, so that a crash after it never leaves a certificate beside another's key
-        cert_file.unlink(missing_ok=True)
-        key = ec.generate_private_key(ec.SECP256R1())
-        _write(key_file, _private_pem(key, serialization.PrivateFormat.PKCS8))
-    cert = _load(cert_file, x509.load_pem_x509_certificate)
-    if cert is not None and cert.public_key() != key.public_key():
-        raise RavectlError(
-            f"{cert_file} does not belong to {key_file}",
-            f"remove both, and ravectl makes new ones: {_rm(cert_file, key_file)}",
-        )
-    # the same key and name once more: who trusted the old certificate need not act
-    if cert is None or not _is_current(cert, SERVER_VALID + RENEW_BEFORE):
-        _write(cert_file, _ca_certificate(key, _now()))
+def ca_certificate(ca_key: str) -> str:
+    """A new certificate of the authority that has this key."""
+    return _ca_certificate(_parse_tls_key(ca_key), _now()).decode()
 
 
-def _ensure_server(cert_file: Path, key_file: Path, keys: WorkspaceKeys, hostname: str) -> None:
-    ca = _load(keys.ca_cert, x509.load_pem_x509_certificate)
-    ca_key = _load(keys.ca_key, _parse_tls_key)
-    if ca is None or ca_key is None:
-        raise RavectlError(
-            f"the workspace's certificate authority is gone from {keys.ca_cert.parent}",
-            "run the command again: it makes a new one",
-        )
-    key = _load(key_file, _parse_tls_key)
-    cert = _load(cert_file, x509.load_pem_x509_certificate)
-    if key and cert and cert.public_key() == key.public_key() and _serves(cert, ca, hostname):
-        return
-    key = ec.generate_private_key(ec.SECP256R1())
-    _write(key_file, _private_pem(key, serialization.PrivateFormat.PKCS8))
-    _write(cert_file, _server_certificate(key.public_key(), ca, ca_key, hostname, _now()))
+def ca_fault(ca_cert: str, ca_key: str) -> str | None:
+    """What keeps an authority from signing: it is another key's, or ends soon; None if nothing."""
+    cert, key = x509.load_pem_x509_certificate(ca_cert.encode()), _parse_tls_key(ca_key)
+    if cert.public_key() != key.public_key():
+        return "the certificate belongs to another key"
+    # what it signs must not outlive it
+    return None if _is_current(cert, SERVER_VALID + RENEW_BEFORE) else "it ends too soon"
+
+
+def server_certificate(tls_key: str, ca_cert: str, ca_key: str, hostname: str) -> str:
+    """A new certificate for the machine's names, signed by the workspace's authority."""
+    ca = x509.load_pem_x509_certificate(ca_cert.encode())
+    public = _parse_tls_key(tls_key).public_key()
+    return _server_certificate(public, ca, _parse_tls_key(ca_key), hostname, _now()).decode()
+
+
+def serves(tls_cert: str, tls_key: str, ca_cert: str, hostname: str) -> bool:
+    """Whether a certificate can go on being used: in time, for these names, signed by the CA."""
+    cert = x509.load_pem_x509_certificate(tls_cert.encode())
+    ca = x509.load_pem_x509_certificate(ca_cert.encode())
+    ours = cert.public_key() == _parse_tls_key(tls_key).public_key()
+    return ours and _serves(cert, ca, hostname)
 
 
 def _serves(cert: x509.Certificate, ca: x509.Certificate, hostname: str) -> bool:
@@ -270,8 +269,8 @@ def _key_usage(*, ca: bool) -> x509.KeyUsage:
     )  # fmt: skip
 
 
-def _parse_tls_key(data: bytes) -> ec.EllipticCurvePrivateKey:
-    key = serialization.load_pem_private_key(data, password=None)
+def _parse_tls_key(text: str) -> ec.EllipticCurvePrivateKey:
+    key = serialization.load_pem_private_key(text.encode(), password=None)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise ValueError("not an elliptic curve key")
     return key
@@ -284,49 +283,29 @@ def _now() -> datetime.datetime:
 # --- passwords -------------------------------------------------------------------------------
 
 
-def _ensure_password(path: Path) -> str:
-    if (known := _load(path, _parse_password)) is not None:
-        return known
-    password = "".join(secrets.choice(PASSWORD_CHARACTERS) for _ in range(PASSWORD_LENGTH))
-    _write(path, password + "\n")
-    return password
-
-
-def _read_password(path: Path) -> str:
-    if (known := _load(path, _parse_password)) is None:
-        raise RavectlError(f"{path} is gone", "ravectl down and ravectl up make a new one")
-    return known
-
-
-def _parse_password(data: bytes) -> str:
-    text = data.decode().removesuffix("\n")
-    if len(text) < _PASSWORD_MINIMUM or set(text) - set(PASSWORD_CHARACTERS):
-        raise ValueError("not a password of ours")
-    return text
-
-
-def _ensure_htpasswd(path: Path, user: str, password: str) -> None:
-    known = _load(path, lambda data: data)
-    if known is None or not _admits(known, user, password):
-        salt = secrets.token_bytes(_SALT_BYTES)
-        hashed = base64.b64encode(_ssha(password, salt) + salt).decode()
-        _write(path, f"{user}:{{SSHA}}{hashed}\n")
-
-
-def _admits(line: bytes, user: str, password: str) -> bool:
-    prefix = f"{user}:{{SSHA}}".encode()
-    try:
-        raw = base64.b64decode(line.removeprefix(prefix).strip(), validate=True)
-    except ValueError:
-        return False
-    digest, salt = raw[:_SHA1_BYTES], raw[_SHA1_BYTES:]
-    return line.startswith(prefix) and hmac.compare_digest(digest, _ssha(password, salt))
-
-
-def _ssha(password: str, salt: bytes) -> bytes:
+def htpasswd(user: str, password: str) -> str:
+    """The line by which nginx knows a user; the same for the same password."""
+    salt = _salt("ingress", password)
     # nginx checks this at every request, which a slow hash would make felt. Slowness protects
     # passwords that can be guessed; ours are random, of 128 bits and more, and cannot.
-    return hashlib.sha1(password.encode() + salt, usedforsecurity=False).digest()
+    digest = hashlib.sha1(password.encode() + salt, usedforsecurity=False).digest()
+    return f"{user}:{{SSHA}}{base64.b64encode(digest + salt).decode()}\n"
+
+
+def scram_verifier(role: str, password: str) -> str:
+    """What PostgreSQL keeps of a password (RFC 5803): with it SQL never holds the password."""
+    salt = _salt(f"postgres {role}", password)
+    salted = hashlib.pbkdf2_hmac("sha256", password.encode(), salt, _SCRAM_ITERATIONS)
+    stored = hashlib.sha256(hmac.digest(salted, b"Client Key", "sha256")).digest()
+    server = hmac.digest(salted, b"Server Key", "sha256")
+    parts = [base64.b64encode(x).decode() for x in (salt, stored, server)]
+    return f"SCRAM-SHA-256${_SCRAM_ITERATIONS}:{parts[0]}${parts[1]}:{parts[2]}\n"
+
+
+def _salt(purpose: str, password: str) -> bytes:
+    # of the password itself, so that nothing changes in the guest when nothing was rotated; a
+    # salt keeps equal passwords from looking equal, and random ones are never equal
+    return hmac.digest(password.encode(), f"rave {purpose}".encode(), "sha256")[:_SALT_BYTES]
 
 
 # --- files -----------------------------------------------------------------------------------
@@ -354,20 +333,12 @@ def _load(path: Path, parse: Callable[[bytes], T]) -> T | None:
         ) from None
 
 
-def _ensure_content(path: Path, content: str) -> None:
-    if _load(path, lambda data: data) != content.encode():
-        _write(path, content)
-
-
-def _write(path: Path, content: bytes | str) -> None:
-    files.write_atomic(path, content, files.PRIVATE_FILE)
-
-
-def _private_pem(
+def _private_text(
     key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey,
     form: serialization.PrivateFormat,
-) -> bytes:
-    return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+) -> str:
+    pem = serialization.Encoding.PEM
+    return key.private_bytes(pem, form, serialization.NoEncryption()).decode()
 
 
 def _rm(*paths: Path) -> str:

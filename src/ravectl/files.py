@@ -190,6 +190,19 @@ def lock(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def in_memory() -> Iterator[Path]:
+    """A private folder that is on no disk, gone afterwards; HostError when there is none."""
+    folder = Path("/dev/shm")  # noqa: S108 - it is a tmpfs; what is made there is private
+    if not os.access(folder, os.W_OK):
+        raise HostError("this host has no /dev/shm that can be written", "mount a tmpfs there")
+    made = Path(tempfile.mkdtemp(dir=folder, prefix="ravectl."))
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def staging(parent: Path, prefix: str) -> Iterator[Path]:
     """A folder for work in progress, gone afterwards whatever happens.
 

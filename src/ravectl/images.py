@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ravectl import console, files, model
+from ravectl import console, files, model, vault
 from ravectl.engines import debian
 from ravectl.errors import RavectlError
 from ravectl.model import EngineName, Image, ImageFormat, Plan, RenderedTree
@@ -47,7 +47,13 @@ class Inputs:
 
 def render_debian(plan: Plan) -> RenderedTree:
     """The configuration layer of a Plan for Debian."""
-    return render(files.find_data("templates") / "debian", plan, accounts=plan.accounts)
+    return render(
+        files.find_data("templates") / "debian",
+        plan,
+        accounts=plan.accounts,
+        required=vault.required(plan),
+        bundle_magic=vault.MAGIC,
+    )
 
 
 def resolve_debian(

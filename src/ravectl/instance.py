@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ravectl import credentials, files, qemu, qmp, ssh
+from ravectl import credentials, files, journal, qemu, qmp, ssh, vault
 from ravectl.errors import RavectlError
 from ravectl.model import (
     INGRESS_PORT,
@@ -31,8 +31,10 @@ from ravectl.model import (
     from_json,
     to_json,
 )
+from ravectl.workspace import Workspace
 
-VERSION = 1
+VERSION = 2
+PINS_FILE = "ssh_host_keys.pub"
 POWERED_OFF = "reboot: Power down"  # the kernel's last words at an orderly end
 PANIC = "Kernel panic - not syncing"
 # of terminals (ECMA-48): CSI, character sets, OSC
@@ -52,6 +54,8 @@ class Record:
     ports: dict[str, int]  # guest port -> host port, as of the last start
     started: float | None  # epoch seconds of the last start
     up: bool  # started, and not brought down since
+    serial: int = 0  # of the last bundle of secrets that was made for it
+    recipient: str | None = None  # whom bundles are encrypted for since its last start
 
 
 @dataclass(frozen=True)
@@ -159,34 +163,60 @@ class Instance:
             ) from None
         return Endpoint(ssh_port, https_port, record.plan.operator)
 
-    def keys(self) -> credentials.WorkspaceKeys:
-        """The keys of the workspace that it belongs to."""
-        state = self.folder.parent.parent
-        return credentials.ensure_workspace_keys(state / "ca", state / "ssh")
+    @property
+    def workspace(self) -> Workspace:
+        """The workspace that it belongs to."""
+        return Workspace(self.folder.parents[2])
 
-    def credentials(self) -> credentials.InstanceCredentials:
-        """What it is handed at boot, made if need be."""
-        plan = self.require_record().plan
-        return credentials.ensure_instance(
-            self.folder, self.keys(), hostname=plan.hostname, operator=plan.operator
-        )
+    @property
+    def places(self) -> vault.Places:
+        """Where its workspace keeps secrets."""
+        return vault.Places(self.workspace)
 
-    def target(self) -> ssh.Target:
-        """How SSH reaches it, with the host key that must answer."""
+    def operator_key(self) -> credentials.OperatorKey:
+        """The key by which its workspace's operator logs in."""
+        return credentials.ensure_operator_key(self.workspace.ssh_dir)
+
+    def pins(self) -> tuple[str, ...]:
+        """The public host keys that may answer; RavectlError when it was never started."""
+        try:
+            found = tuple((self.folder / PINS_FILE).read_text().splitlines())
+        except FileNotFoundError:
+            found = ()
+        if not found:
+            raise RavectlError(
+                f"the host key of instance {self.name!r} is not known", "ravectl up learns it"
+            )
+        return found
+
+    def pin(self, *keys: str) -> None:
+        """Let these public host keys answer, and no other."""
+        text = "".join(f"{key}\n" for key in dict.fromkeys(keys))
+        path = self.folder / PINS_FILE
+        if not path.exists() or path.read_text() != text:
+            files.write_atomic(path, text, files.PRIVATE_FILE)
+
+    def next_operator_key(self) -> Path | None:
+        """The key that a rotation under way brings; the machine may know it already."""
+        path = journal.folder(self.workspace.state) / "id_ed25519"
+        return path if path.exists() else None
+
+    def target(self, key_file: Path | None = None) -> ssh.Target:
+        """How SSH reaches it, with the host keys that may answer."""
         endpoint = self.endpoint()
         return ssh.Target(
             port=endpoint.ssh_port,
             user=endpoint.operator,
-            key_file=self.keys().operator_key,
-            host_key=self.credentials().host_key,
+            key_file=key_file or self.operator_key().file,
+            host_keys=self.pins(),
         )
 
     def known_hosts(self) -> Path:
         """A known_hosts file with its pinned key, for OpenSSH's client."""
         path = self.folder / "known_hosts"
-        line = self.target().known_hosts_line
-        if not path.exists() or path.read_text() != line:
-            files.write_atomic(path, line, files.PRIVATE_FILE)
+        text = self.target().known_hosts
+        if not path.exists() or path.read_text() != text:
+            files.write_atomic(path, text, files.PRIVATE_FILE)
         return path
 
     # --- its console -----------------------------------------------------------------------------

@@ -12,7 +12,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ravectl import command, console, files, health, images, kvm, qemu, qmp, ssh
+from ravectl import (
+    command,
+    console,
+    credentials,
+    files,
+    health,
+    images,
+    kvm,
+    qemu,
+    qmp,
+    sops,
+    ssh,
+    vault,
+)
 from ravectl.errors import DeadlineError, HostError, RavectlError
 from ravectl.instance import (
     Instance,
@@ -67,6 +80,7 @@ def up(
     accelerator: Accelerator | None = None,
     timeout: float = UP_SECONDS,
     keep_failed: bool = False,
+    identity: sops.Identity | None = None,
 ) -> Started:
     """Bring the instance up and wait until every service of its Plan answers.
 
@@ -83,19 +97,21 @@ def up(
             return Started(instance, True, record.accelerator, 0.0, 0.0)
         command.find_tool(qemu.PROGRAM, "install it: apt-get install qemu-system-x86")
         kept = instance.record
+        opener = identity or sops.find_identity(usual=workspace.identity_file)
+        vault.ensure(workspace, plan.secrets, opener)  # a missing key is told before a long build
         _require_memory(plan if kept is None or kept.image is None else kept.plan)
         image = _prepare(instance, plan, get_image)
         chosen = accelerator or choose_accelerator()
         deadline = time.monotonic() + timeout
         try:
-            return _start(instance, image, chosen, deadline, keep_failed)
+            return _start(instance, image, opener, chosen, deadline, keep_failed)
         except _NoKvmError as e:
             if accelerator is not None:
                 raise HostError(
                     f"KVM stopped the machine ({e})", "leave --accel out, or give --accel tcg"
                 ) from None
             console.note(f"KVM stopped the machine ({e}); once more, emulated (TCG)")
-            return _start(instance, image, Accelerator.TCG, deadline, keep_failed)
+            return _start(instance, image, opener, Accelerator.TCG, deadline, keep_failed)
 
 
 def choose_accelerator() -> Accelerator:
@@ -168,11 +184,16 @@ def _require_memory(plan: Plan) -> None:
 
 
 def _start(
-    instance: Instance, image: Image, accelerator: Accelerator, deadline: float, keep: bool
+    instance: Instance,
+    image: Image,
+    identity: sops.Identity,
+    accelerator: Accelerator,
+    deadline: float,
+    keep: bool,
 ) -> Started:
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
-        guard = stack.enter_context(_launch(instance, image, accelerator, stop=not keep))
+        guard = stack.enter_context(_launch(instance, image, identity, accelerator, stop=not keep))
         with console.step(f"starting {instance.name} ({accelerator.value})") as step:
             step.update("the kernel")
             with _connected(instance, deadline, step) as connection:
@@ -216,17 +237,55 @@ class _Guard:
 
 
 @contextlib.contextmanager
+def _handed_over(
+    instance: Instance, plan: Plan, identity: sops.Identity
+) -> Iterator[dict[str, Path]]:
+    """What the machine gets at its start, as files that are gone when QEMU has read them.
+
+    Nobody changes secrets meanwhile: a rotation either comes before, or finds the machine
+    running.
+    """
+    workspace = instance.workspace
+    shared = vault.ensure(workspace, plan.secrets, identity)
+    machine = vault.ensure_machine(workspace, instance.folder, plan, shared, identity)
+    folder = files.make_private_dir(instance.folder / "handed-over")
+    with files.lock(instance.places.lock, "the workspace's secrets", wait=True):
+        shared = vault.read(instance.places.shared, identity)
+        machine = vault.read(instance.places.machine(instance.folder), identity)
+        private, recipient = sops.new_identity()
+        serial = vault.next_serial(instance.require_record().serial)
+        values = vault.delivery(plan, shared, machine, [instance.operator_key().public])
+        handed = {"age-identity": private.encode() + b"\n"}
+        handed["bundle"] = vault.bundle(plan, values, serial, recipient)
+        instance.pin(credentials.ssh_public(machine.values["ssh/host-key"]))
+        instance.update(serial=serial, recipient=recipient)
+        try:
+            for name, content in handed.items():
+                files.write_atomic(folder / name, content, files.PRIVATE_FILE)
+            yield {name: folder / name for name in handed}
+        finally:
+            files.remove_tree(folder)
+
+
+@contextlib.contextmanager
 def _launch(
-    instance: Instance, image: Image, accelerator: Accelerator, *, stop: bool
+    instance: Instance,
+    image: Image,
+    identity: sops.Identity,
+    accelerator: Accelerator,
+    *,
+    stop: bool,
 ) -> Iterator[_Guard]:
     """A running QEMU; on an exception it is ended again (if `stop`)."""
-    record = instance.update(accelerator=accelerator, started=time.time(), up=True)
-    given = instance.credentials()
     if instance.console_log.exists():
         instance.console_log.replace(instance.folder / "console.previous.log")
     instance.console_log.touch(files.PRIVATE_FILE)
     instance.qemu_log.unlink(missing_ok=True)
-    with qmp.listen(instance.monitor) as monitor:
+    with (
+        _handed_over(instance, image.plan, identity) as given,
+        qmp.listen(instance.monitor) as monitor,
+    ):
+        record = instance.update(accelerator=accelerator, started=time.time(), up=True)
         launch = qemu.Launch(
             name=instance.name,
             uuid=record.uuid,
@@ -238,16 +297,22 @@ def _launch(
             cmdline=image.cmdline,
             overlay=instance.overlay,
             console_log=instance.console_log,
-            credentials=given.files,
+            credentials=given,
             egress=image.plan.network.egress,
             monitor_fd=monitor.fileno(),
         )
         process = command.spawn(
             qemu.arguments(launch), log=instance.qemu_log, pass_fds=[monitor.fileno()]
         )
-    guard = _Guard(record.uuid, process.pid)
+        guard = _Guard(record.uuid, process.pid)
+        try:
+            _let_go(instance, image.plan, process)
+        except BaseException:
+            command.kill_group(process)
+            instance.update(up=False)
+            guard.abandon()
+            raise
     try:
-        _let_go(instance, image.plan, process)
         yield guard
     except BaseException as e:
         if stop or isinstance(e, _NoKvmError):
@@ -497,31 +562,72 @@ def reset(instance: Instance) -> None:
 
 
 @contextlib.contextmanager
-def verify_target(instance: Instance) -> Iterator[VerifyTarget]:
-    """What `verify` needs of a running instance, with a connection that is closed after."""
+def connection_to(instance: Instance) -> Iterator[ssh.Connection]:
+    """An SSH connection to a running instance, closed after; RavectlError when it has none."""
     state = instance.state()
     if state is not InstanceState.RUNNING:
         raise RavectlError(
             f"instance {instance.name!r} is {state.value}", f"start it: {_verb('up', instance)}"
         )
-    record, given = instance.require_record(), instance.credentials()
     try:
-        connection = ssh.Connection(instance.target())
+        connection = connect_again(instance)
     except OSError as e:
         raise RavectlError(
             f"the machine does not answer: {e}", f"see {_verb('status', instance)}"
         ) from None
     with connection:
-        yield VerifyTarget(
-            instance=instance.name,
-            plan=record.plan,
-            engine=record.engine,
-            image_digest=record.image or "",
-            endpoint=instance.endpoint(),
-            connection=connection,
-            ca_cert=instance.keys().ca_cert,
-            ingress_user=given.ingress_user,
-            ingress_password=given.ingress_password(),
-            router_key=given.router_key(),
-            host_started=instance.host_started(),
-        )
+        yield connection
+
+
+def connect_again(instance: Instance) -> ssh.Connection:
+    """A connection to a running instance; ConnectionError, or RavectlError when it refuses."""
+    try:
+        return ssh.Connection(instance.target())
+    except ssh.RefusedError:
+        # a rotation that was cut short may have left it with the new key
+        coming = instance.next_operator_key()
+        if coming is None:
+            raise
+        return ssh.Connection(instance.target(coming))
+
+
+@contextlib.contextmanager
+def verify_target(
+    instance: Instance, identity: sops.Identity | None = None
+) -> Iterator[VerifyTarget]:
+    """What `verify` needs of a running instance, with a connection that is closed after."""
+    opener = identity or sops.find_identity(usual=instance.workspace.identity_file)
+    with connection_to(instance) as connection:
+        places = instance.places
+        shared = vault.read(places.shared, opener)
+        machine = vault.read(places.machine(instance.folder), opener)
+        yield target_with(instance, connection, shared, machine)
+
+
+def target_with(
+    instance: Instance,
+    connection: ssh.Connection,
+    shared: vault.Vault,
+    machine: vault.Vault,
+    operator: credentials.OperatorKey | None = None,
+    ca_cert: Path | None = None,
+) -> VerifyTarget:
+    """A running instance as `verify` takes it, held against these secrets."""
+    record = instance.require_record()
+    key = operator or instance.operator_key()
+    return VerifyTarget(
+        instance=instance.name,
+        plan=record.plan,
+        engine=record.engine,
+        image_digest=record.image or "",
+        endpoint=instance.endpoint(),
+        connection=connection,
+        ca_cert=ca_cert or instance.places.ca_cert,
+        ingress_user=record.plan.operator,
+        ingress_password=shared.values["ingress/password"],
+        router_key=shared.values["ccr/api-key"],
+        delivery=vault.delivery(record.plan, shared, machine, [key.public]),
+        hidden=vault.hidden(shared, machine),
+        disk=instance.overlay,
+        host_started=instance.host_started(),
+    )

@@ -67,6 +67,38 @@ class Access(enum.StrEnum):
     NOBODY = "nobody"
 
 
+class SecretKind(enum.StrEnum):
+    """What a secret's value is, which says how it is made and what it must look like."""
+
+    PASSWORD = "password"  # noqa: S105 - 24 letters and digits
+    SSH_KEY = "ssh-key"  # Ed25519, OpenSSH's private form
+    TLS_KEY = "tls-key"  # P-256, PKCS#8
+    TLS_CERT = "tls-cert"  # of the machine, signed by the workspace's authority
+    CA_KEY = "ca-key"
+    CA_CERT = "ca-cert"
+    HTPASSWD = "htpasswd"  # derived: the ingress's password, hashed
+    SCRAM = "scram"  # derived: a PostgreSQL role's password, as the server keeps it
+    AUTHORIZED_KEYS = "authorized-keys"  # derived: the operator's public key
+    GIVEN = "given"  # by a person; never made, and a machine works without it
+
+
+class SecretScope(enum.StrEnum):
+    """Where a value is kept."""
+
+    WORKSPACE = "workspace"  # secrets.yaml: the same for all machines of the workspace
+    INSTANCE = "instance"  # the encrypted file of one machine
+    DERIVED = "derived"  # nowhere: made of others when it is delivered
+
+
+class Activation(enum.StrEnum):
+    """What makes a reader use a value that was just delivered."""
+
+    NONE = "none"  # it reads the file whenever it needs it
+    RELOAD = "reload"
+    RESTART = "restart"
+    ROLE = "role"  # ALTER ROLE
+
+
 class Suite(enum.StrEnum):
     """The families of checks."""
 
@@ -175,12 +207,28 @@ class Account:
 
 @dataclass(frozen=True)
 class Secret:
-    """A secret by name, with where the guest keeps it. Values are never in a Plan."""
+    """A secret as it is declared: all but its value, which is never in a Plan.
+
+    `owner`, `group` and `mode` are those of its file in the guest, /run/secrets/NAME.
+    """
 
     name: str
-    owner: str
-    group: str
-    mode: str  # octal, as in tmpfiles.d
+    kind: SecretKind
+    scope: SecretScope
+    activation: Activation
+    owner: str = "root"
+    group: str = "root"
+    mode: str = "0600"  # octal, as in tmpfiles.d
+    delivered: bool = True  # False: stays on the host
+    grace_hours: int = 0  # how long the value before the last rotation is accepted too
+    role: str | None = None  # PostgreSQL's, whose password it is
+    source: str | None = None  # the secret that a derived one is made of
+    in_all: bool = True  # part of `rotate-secrets --all`
+
+    @property
+    def previous(self) -> str:
+        """The name of the file that holds the value before the last rotation."""
+        return f"{self.name}.previous"
 
 
 @dataclass(frozen=True)
@@ -249,6 +297,21 @@ class Plan:
                 if s.health.path.startswith(below):
                     return route.path + s.health.path.removeprefix(below)
         return None
+
+    def secret(self, name: str) -> Secret:
+        """The secret called `name`; KeyError when the Plan has none."""
+        for secret in self.secrets:
+            if secret.name == name:
+                return secret
+        raise KeyError(name)
+
+    def delivered(self) -> tuple[Secret, ...]:
+        """The secrets that the guest gets."""
+        return tuple(s for s in self.secrets if s.delivered)
+
+    def readers(self, name: str) -> tuple[Service, ...]:
+        """The services that read a secret, in the order of their start."""
+        return tuple(s for s in self.services if name in s.secrets)
 
     def units(self, engine: EngineName) -> tuple[str, ...]:
         """The units that must be active, by the names that `engine` gives them."""

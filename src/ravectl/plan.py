@@ -15,6 +15,7 @@ from ravectl.model import (
     SSH_PORT,
     Access,
     Account,
+    Activation,
     EngineName,
     Health,
     Limits,
@@ -26,6 +27,8 @@ from ravectl.model import (
     RouterProvider,
     ScrapeJob,
     Secret,
+    SecretKind,
+    SecretScope,
     Service,
 )
 
@@ -162,11 +165,11 @@ SERVICES = (
     ),
     _Row(
         "router", "Claude Code Router", "claude-code-router.service", "ccr",
-        Health(3456, "/health"), secrets=("ccr/api-key",),
+        Health(3456, "/health"), secrets=("agents/anthropic-api-key",),
     ),
     _Row(
         "postgresql", "PostgreSQL", "postgresql.service", "postgres", Health(5432, None),
-        debian="postgresql@17-main.service",
+        debian="postgresql@17-main.service", secrets=("postgres/exporter-scram",),
     ),
     _Row(
         "prometheus", "Prometheus", "prometheus.service", "prometheus",
@@ -196,12 +199,52 @@ SCRAPE_JOBS = (
     ScrapeJob("prometheus", 9090, "/metrics"),
 )
 
+_PER_MACHINE = SecretScope.INSTANCE
+_SHARED = SecretScope.WORKSPACE
+_MADE = SecretScope.DERIVED
+GRACE_HOURS = 24  # senders of webhooks are told their new secret by hand, within a working day
+
+# Names are part of the contract with the encrypted files: a change needs a migration.
 SECRETS = (
-    Secret("ssh/host-key", "root", "root", "0600"),
-    Secret("ssh/authorized-keys", "root", "root", "0644"),
-    Secret("ingress/tls-key", "root", "root", "0600"),
-    Secret("ingress/tls-cert", "root", "root", "0644"),
+    Secret(
+        "ssh/host-key", SecretKind.SSH_KEY, _PER_MACHINE, Activation.RELOAD, in_all=False,
+    ),
+    Secret(
+        "ssh/authorized-keys", SecretKind.AUTHORIZED_KEYS, _MADE, Activation.NONE, mode="0644",
+        in_all=False,
+    ),
+    # the authority stays on the host, and in --all: who trusts it would have to trust another
+    Secret(
+        "ca/key", SecretKind.CA_KEY, _SHARED, Activation.NONE, delivered=False, in_all=False,
+    ),
+    Secret(
+        "ca/cert", SecretKind.CA_CERT, _SHARED, Activation.NONE, delivered=False, in_all=False,
+    ),
+    Secret("ingress/tls-key", SecretKind.TLS_KEY, _PER_MACHINE, Activation.RELOAD),
+    Secret("ingress/tls-cert", SecretKind.TLS_CERT, _PER_MACHINE, Activation.RELOAD, mode="0644"),
+    Secret("ingress/password", SecretKind.PASSWORD, _SHARED, Activation.NONE, delivered=False),
     # nginx's workers, not its master, open the password file: at each request
-    Secret("ingress/htpasswd", "root", "www-data", "0640"),
-    Secret("ccr/api-key", "root", "ccr", "0640"),
-)
+    Secret(
+        "ingress/htpasswd", SecretKind.HTPASSWD, _MADE, Activation.NONE, group="www-data",
+        mode="0640", source="ingress/password",
+    ),
+    Secret("ccr/api-key", SecretKind.PASSWORD, _SHARED, Activation.RELOAD),
+    Secret("postgres/exporter-password", SecretKind.PASSWORD, _SHARED, Activation.NONE),
+    Secret(
+        "postgres/exporter-scram", SecretKind.SCRAM, _MADE, Activation.ROLE, owner="postgres",
+        group="postgres", mode="0400", role="exporter", source="postgres/exporter-password",
+    ),
+    Secret("dispatcher/api-token", SecretKind.PASSWORD, _SHARED, Activation.NONE),
+    Secret(
+        "dispatcher/gitlab-token", SecretKind.PASSWORD, _SHARED, Activation.NONE,
+        grace_hours=GRACE_HOURS,
+    ),
+    Secret(
+        "dispatcher/github-secret", SecretKind.PASSWORD, _SHARED, Activation.NONE,
+        grace_hours=GRACE_HOURS,
+    ),
+    Secret(
+        "agents/anthropic-api-key", SecretKind.GIVEN, _SHARED, Activation.RESTART, group="ccr",
+        mode="0640",
+    ),
+)  # fmt: skip

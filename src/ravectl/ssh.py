@@ -34,6 +34,10 @@ UNANNOUNCED_SECONDS = 8.0  # between blind attempts, for machines that announce 
 ANNOUNCED_PATIENCE = 30.0  # a handshake takes 1.2 s under TCG, more on a loaded host
 
 
+class RefusedError(RavectlError):
+    """Our machine answers and does not let our key in."""
+
+
 class HostKeyError(RavectlError):
     """Something else than our machine answers on its port."""
 
@@ -51,18 +55,17 @@ class RemoteResult:
 
 @dataclass(frozen=True)
 class Target:
-    """Where to connect, as whom, with which key, and which host key must answer."""
+    """Where to connect, as whom, with which key, and which host keys may answer."""
 
     port: int
     user: str
     key_file: Path
-    host_key: str  # "ssh-ed25519 AAAA...", as in a .pub file
+    host_keys: tuple[str, ...]  # "ssh-ed25519 AAAA..."; several while they are rotated
 
     @property
-    def known_hosts_line(self) -> str:
-        """The line that OpenSSH's known_hosts needs for this machine."""
-        algorithm, blob = self.host_key.split()[:2]
-        return f"[{HOST}]:{self.port} {algorithm} {blob}\n"
+    def known_hosts(self) -> str:
+        """The lines that OpenSSH's known_hosts needs for this machine."""
+        return "".join(f"[{HOST}]:{self.port} {' '.join(k.split()[:2])}\n" for k in self.host_keys)
 
 
 class Connection:
@@ -207,17 +210,23 @@ def connect_when_ready(
     )
 
 
+def is_pinned(target: Target, seen: paramiko.PKey) -> bool:
+    """Whether a server's key is one that must answer."""
+    return f"{seen.get_name()} {seen.get_base64()}" in {
+        " ".join(k.split()[:2]) for k in target.host_keys
+    }
+
+
 def _connect(target: Target, timeout: float) -> paramiko.Transport:
-    algorithm, blob = target.host_key.split()[:2]
     sock = socket.create_connection((HOST, target.port), timeout=timeout)
     transport = paramiko.Transport(sock)
     transport.banner_timeout = timeout
     transport.auth_timeout = timeout
-    transport.get_security_options().key_types = (algorithm,)
+    transport.get_security_options().key_types = tuple({k.split()[0] for k in target.host_keys})
     try:
         transport.start_client(timeout=timeout)
         seen = transport.get_remote_server_key()
-        if seen.get_name() != algorithm or seen.get_base64() != blob:
+        if not is_pinned(target, seen):
             raise HostKeyError(
                 f"port {target.port} is answered by a machine with another SSH host key",
                 "another program has taken the port: ravectl down, then ravectl up",
@@ -226,9 +235,9 @@ def _connect(target: Target, timeout: float) -> paramiko.Transport:
         transport.auth_publickey(target.user, key)
     except paramiko.AuthenticationException:
         transport.close()
-        raise RavectlError(
+        raise RefusedError(
             f"the machine refused the key of {target.user}",
-            "the instance's credentials do not match its disk: ravectl reset",
+            "if a rotation was cut short, end it: ravectl secrets deliver",
         ) from None
     except paramiko.ssh_exception.IncompatiblePeer as e:
         transport.close()

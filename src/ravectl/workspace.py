@@ -50,6 +50,14 @@ class Workspace:
         return self.state / "ssh"
 
     @property
+    def identity_file(self) -> Path | None:
+        """The age key file that `init --identity` was told; None for sops' own place."""
+        with contextlib.suppress(OSError):
+            if named := (self.state / "identity").read_text().strip():
+                return Path(named)
+        return None
+
+    @property
     def instances_dir(self) -> Path:
         """Where each instance has its folder."""
         return self.state / "instances"

@@ -25,7 +25,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ravectl import files, profile
+from ravectl import files, profile, sops, vault
 from ravectl.model import SERVICE_NAMES, EngineName, Plan, RenderedTree
 from ravectl.plan import make_plan
 from ravectl.render import render, write_tree
@@ -34,7 +34,10 @@ TEMPLATES = files.find_data("templates") / "debian"
 
 
 def rendered(plan: Plan) -> RenderedTree:
-    return render(TEMPLATES, plan, accounts=plan.accounts)
+    return render(
+        TEMPLATES, plan, accounts=plan.accounts, required=vault.required(plan),
+        bundle_magic=vault.MAGIC,
+    )  # fmt: skip
 
 
 def shipped(name: str) -> Plan:
@@ -168,6 +171,11 @@ def test_profiles_render_to_different_limits_and_retention() -> None:
 # --- a place that looks like the machine -------------------------------------------------------
 
 API_KEY = "key-of-the-test"
+# delivered, and read by nothing that is rendered
+UNREAD = (
+    "postgres/exporter-password", "dispatcher/api-token", "dispatcher/gitlab-token",
+    "dispatcher/github-secret",
+)  # fmt: skip
 
 # the tree over stand-ins over this host's root; upper and lower must not lie within each other,
 # hence the tmpfs. /run is made by the rendered scripts themselves, from credentials.
@@ -183,7 +191,7 @@ mount --bind /dev root/dev
 mount -t proc proc root/proc
 mkdir root/run/sshd root/run/rave-ingress
 ip link set lo up
-CREDENTIALS_DIRECTORY=/credentials chroot root /usr/lib/rave/secrets
+CREDENTIALS_DIRECTORY=/credentials chroot root /usr/lib/rave/secrets boot
 chroot root /usr/lib/rave/ingress-config
 exec chroot root "$@"
 """
@@ -211,8 +219,8 @@ STANDIN_PROGRAMS = (
 
 
 @functools.cache
-def credentials() -> dict[str, bytes]:
-    """What a machine is handed at boot, made by the tools that people have."""
+def values() -> dict[str, str]:
+    """What a machine's secrets are, made by the tools that people have."""
     with tempfile.TemporaryDirectory() as folder:
         run = functools.partial(subprocess.run, cwd=folder, check=True, capture_output=True)
         run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", "host"])
@@ -224,12 +232,14 @@ def credentials() -> dict[str, bytes]:
         )
         at = Path(folder)
         return {
-            "ssh/host-key": (at / "host").read_bytes(),
-            "ssh/authorized-keys": (at / "host.pub").read_bytes(),
-            "ingress/tls-key": (at / "key").read_bytes(),
-            "ingress/tls-cert": (at / "cert").read_bytes(),
-            "ingress/htpasswd": b"rave:{PLAIN}test\n",
-            "ccr/api-key": API_KEY.encode() + b"\n",
+            "ssh/host-key": (at / "host").read_text(),
+            "ssh/authorized-keys": (at / "host.pub").read_text(),
+            "ingress/tls-key": (at / "key").read_text(),
+            "ingress/tls-cert": (at / "cert").read_text(),
+            "ingress/htpasswd": "rave:{PLAIN}test\n",
+            "ccr/api-key": API_KEY + "\n",
+            "postgres/exporter-scram": "SCRAM-SHA-256$4096:c2FsdA==$a:b\n",
+            **dict.fromkeys(UNREAD, "x\n"),
         }
 
 
@@ -256,8 +266,9 @@ def make_standins(plan: Plan, folder: Path) -> None:
         path.chmod(0o755)
     handed = folder / "credentials"
     handed.mkdir()
-    for secret in plan.secrets:
-        (handed / f"rave.{secret.name.replace('/', '.')}").write_bytes(credentials()[secret.name])
+    identity, recipient = sops.new_identity()
+    (handed / "rave.age-identity").write_text(identity + "\n")
+    (handed / "rave.bundle").write_bytes(vault.bundle(plan, values(), 7, recipient))
 
 
 @dataclasses.dataclass
@@ -351,17 +362,21 @@ def systemd(place: Place) -> str:
 
 def scripts(place: Place) -> str:
     """The rendered scripts have run on the way in; the router's writes what the router reads."""
-    script = "mkdir $HOME; /usr/lib/rave/router-config; cat $HOME/.claude-code-router/config.json"
+    script = (
+        "mkdir $HOME; /usr/lib/rave/router-config; cat $HOME/.claude-code-router/config.json; "
+        "cat /run/rave/router-key"
+    )
     result = place.run("sh", "-euc", script)
     if result.returncode:
         return complaint(result)
     try:
-        config = json.loads(result.stdout)
+        text, _, key = result.stdout.rstrip("\n").rpartition("\n")
+        config = json.loads(text)
     except ValueError as e:
         return f"config.json: {e}"
     expected = [(p.name, p.url, list(p.models)) for p in place.plan.router_providers]
     seen = [(p["name"], p["api_base_url"], p["models"]) for p in config["Providers"]]
-    right = (seen, config["APIKEY"], config["HOST"]) == (expected, API_KEY, "127.0.0.1")
+    right = (seen, config["APIKEY"], config["HOST"]) == (expected, key, "127.0.0.1")
     return "" if right else f"config.json: {config}"
 
 

@@ -17,7 +17,8 @@ ROWS = [
         "plan",
         "render",
         "engines",
-        "secrets",
+        "sops",
+        "journal",
         "credentials",
         "qemu",
         "qmp",
@@ -27,8 +28,10 @@ ROWS = [
         "health",
         "imagelock",
     },
+    {"vault"},
     {"images", "instance", "verify", "doctor"},
-    {"rotate", "lifecycle", "building"},
+    {"lifecycle", "building", "delivery"},
+    {"rotate", "audit"},
     {"cli", "__main__"},
 ]
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}

@@ -8,7 +8,8 @@ import pytest
 
 from ravectl import qemu
 from ravectl.model import Accelerator
-from ravectl.plan import SECRETS
+
+HANDED_OVER = ("age-identity", "bundle")
 
 
 def launch(**changes: object) -> qemu.Launch:
@@ -16,7 +17,7 @@ def launch(**changes: object) -> qemu.Launch:
         "name": "default", "uuid": "0" * 36, "accelerator": Accelerator.TCG, "memory_mb": 2048,
         "cpus": 2, "kernel": Path("/i/vmlinuz"), "initrd": Path("/i/initrd"), "cmdline": "quiet",
         "overlay": Path("/w/disk.qcow2"), "console_log": Path("/w/console.log"),
-        "credentials": {s.name: Path("/w") / s.name for s in SECRETS}, "egress": False,
+        "credentials": {n: Path("/w") / n for n in HANDED_OVER}, "egress": False,
         "monitor_fd": 7, **changes,
     }  # fmt: skip
     return qemu.Launch(**values)  # type: ignore[arg-type]
@@ -29,7 +30,7 @@ def value_of(words: list[str], option: str) -> str:
 def test_credentials_are_files_and_their_names_fit() -> None:
     words = qemu.arguments(launch())
     given = [w for i, w in enumerate(words) if words[i - 1] == "-fw_cfg"]
-    assert len(given) == len(SECRETS)
+    assert len(given) == len(HANDED_OVER)
     for word in given:
         label, path = (part.partition("=")[2] for part in word.split(","))
         assert label.startswith("opt/io.systemd.credentials/rave.")

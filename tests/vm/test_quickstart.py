@@ -28,9 +28,7 @@ def test_quickstart_leaves_a_verified_machine(tool: Tool) -> None:
     for line in ("console page   https://localhost:", "shell          ravectl ssh",
                  "stop           ravectl down"):  # fmt: skip
         assert line in done.stdout
-    password = re.search(r"password in (\S+)", done.stdout)
-    assert password is not None
-    secret = Path(password[1]).read_text().strip()
+    secret = tool.secret("ingress/password")
     assert len(secret) > 12
     assert secret not in done.stdout + done.stderr
     tool("down")

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from ravectl import __version__, console
-from ravectl.cli import access, check, image, machine
+from ravectl.cli import access, check, image, machine, secret
 from ravectl.errors import EXIT_FAILED, EXIT_INTERRUPTED, RavectlError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app = typer.Typer(
 
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
+app.command()(secret.init)
 app.command()(image.profiles)
 app.command()(image.plan)
 app.command()(image.render)
@@ -43,6 +44,8 @@ app.command()(access.cp)
 app.command()(access.logs)
 app.command()(access.console)
 app.command()(check.verify)
+app.command("rotate-secrets")(secret.rotate_secrets)
+app.add_typer(secret.app, name="secrets")
 app.command()(check.doctor)
 
 

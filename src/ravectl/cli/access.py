@@ -38,6 +38,7 @@ def _openssh(found: Instance, program: str, *, port_flag: str) -> list[str]:
         "-F", "none",
         "-o", "IdentitiesOnly=yes",
         "-o", f"IdentityFile={target.key_file}",
+        *(["-o", f"IdentityFile={coming}"] if (coming := found.next_operator_key()) else []),
         "-o", f"UserKnownHostsFile={found.known_hosts()}",
         "-o", "GlobalKnownHostsFile=none",
         "-o", "StrictHostKeyChecking=yes",

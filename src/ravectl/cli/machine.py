@@ -31,10 +31,11 @@ def up(
     workspace: options.Folder = None,
 ) -> None:
     """Start the machine (building its image first if need be) and wait until all of it is up."""
-    from ravectl import building, lifecycle
+    from ravectl import building, lifecycle, rotate
 
     space = options.find_workspace(workspace)
     plan = options.plan_asked(safe, full_pipe, profile, space)
+    rotate.recover(space, options.opener(space))
     request = building.Request(plan)
     started = lifecycle.up(
         space,
@@ -66,7 +67,7 @@ def _accelerator(name: str) -> Accelerator | None:
 
 def _howto(found: Instance) -> str:
     """How the machine is used, as lines for a person."""
-    endpoint, given = found.endpoint(), found.credentials()
+    endpoint = found.endpoint()
     flag = "" if found.name == options.DEFAULT_NAME else f" --name {found.name}"
     base = f"https://localhost:{endpoint.https_port}"
     return "\n".join(
@@ -74,8 +75,8 @@ def _howto(found: Instance) -> str:
             f"console page   {base}/",
             f"Vibe Kanban    https://kanban.localhost:{endpoint.https_port}/",
             f"router         {base}/ccr/",
-            f"sign in as     {given.ingress_user}, password in {given.ingress_password_file}",
-            f"certificate    signed by {found.keys().ca_cert}",
+            f"sign in as     {endpoint.operator}, password: ravectl secrets get ingress/password",
+            f"certificate    signed by {found.places.ca_cert}",
             f"shell          ravectl ssh{flag}      (port {endpoint.ssh_port})",
             f"verify         ravectl verify{flag}",
             f"stop           ravectl down{flag}",

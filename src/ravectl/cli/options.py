@@ -12,6 +12,7 @@ import typer
 from ravectl.errors import UsageError
 
 if TYPE_CHECKING:
+    from ravectl import sops
     from ravectl.instance import Instance
     from ravectl.model import Plan
     from ravectl.workspace import Workspace
@@ -78,6 +79,13 @@ def find_instance(folder: Path | None, name: str) -> Instance:
         suffix = "" if name == DEFAULT_NAME else f" --name {name}"
         raise RavectlError(f"there is no instance {name!r} here", f"make it: ravectl up{suffix}")
     return found
+
+
+def opener(workspace: Workspace, override: Path | None = None) -> sops.Identity:
+    """The age identity by which this workspace's secrets are opened."""
+    from ravectl import sops
+
+    return sops.find_identity(override, workspace.identity_file)
 
 
 def print_json(value: Any) -> None:

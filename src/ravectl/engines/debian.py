@@ -32,7 +32,7 @@ from ravectl.errors import HostError, RavectlError
 from ravectl.model import Account, ImageFormat
 
 SUITE = "trixie"
-RECIPE = 4  # raise it when this module makes another base from the same inputs
+RECIPE = 5  # raise it when this module makes another base from the same inputs
 # Newer time stamps are set to this one: 2026-01-01, before which every package of a point
 # release that matters here was built, so that most keep their own.
 EPOCH = 1767225600
@@ -45,6 +45,7 @@ MIRROR_HINT = "check that the mirror answers (apt-get update), then build again"
 MIRROR_VARIABLE = "RAVECTL_DEBIAN_MIRROR"
 
 PACKAGES = (
+    "age",
     "busybox-static",
     "ca-certificates",
     "curl",

@@ -7,13 +7,15 @@ from typing import Final
 
 from ravectl.errors import UsageError
 from ravectl.model import CheckResult, Report, Suite
-from ravectl.verify import http, observability, security, service
+from ravectl.verify import http, observability, secrecy, security, service
 from ravectl.verify.framework import Check, VerifyTarget, execute
 
 CHECKS: Final[tuple[Check, ...]] = (
     *service.CHECKS,
     *http.CHECKS,
+    *secrecy.CHECKS[1:],
     *security.CHECKS,
+    *secrecy.CHECKS[:1],
     *observability.CHECKS,
 )
 

@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -56,6 +56,9 @@ class VerifyTarget:
     ingress_user: str
     ingress_password: str = field(repr=False)
     router_key: str = field(repr=False)
+    delivery: Mapping[str, str] = field(repr=False)  # what the guest was given, by file name
+    hidden: Mapping[str, str] = field(repr=False)  # what must be seen nowhere, by name
+    disk: Path | None  # the machine's disk on this host
     host_started: float | None  # epoch seconds at which QEMU started; None: unknown
 
     @property

@@ -15,7 +15,7 @@ from typing import Any
 
 import paramiko
 
-from ravectl.ssh import HOST, Target
+from ravectl.ssh import HOST, Target, is_pinned
 
 KEXINIT = 20
 NAME_LISTS = (
@@ -144,7 +144,7 @@ def _attempt(
         transport.start_client(timeout=timeout)
         offer["offer"] = offered(sock.received)
         seen = transport.get_remote_server_key()
-        pinned = f"{seen.get_name()} {seen.get_base64()}" == " ".join(target.host_key.split()[:2])
+        pinned = is_pinned(target, seen)
         row["host_key"] = "pinned" if pinned else "other"
         if pinned:
             attempt(transport, row)

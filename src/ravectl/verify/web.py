@@ -83,6 +83,13 @@ class Client:
         assert self._sock is not None
         return self._sock.version() or ""
 
+    @property
+    def certificate(self) -> bytes:
+        """The certificate that the server showed (DER); connects when that has not happened."""
+        self._connect()
+        assert self._sock is not None
+        return self._sock.getpeercert(binary_form=True) or b""
+
     def get(
         self, path: str, headers: Mapping[str, str] | None = None, *, most: int = MAX_BODY
     ) -> Answer:

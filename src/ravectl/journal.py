@@ -1,0 +1,123 @@
+"""What is on disk of a change to the secrets, so that one that was cut short can be ended.
+
+A change writes the new encrypted files beside the old ones, then the journal. The journal's
+phase is what decides: `prepared` means that the old files hold, `committed` that the new ones
+do, whether or not they are in their places yet. Values are never in it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ravectl import files
+from ravectl.errors import RavectlError
+from ravectl.model import from_json, to_json
+
+VERSION = 1
+FOLDER = "rotation"
+FILE = "journal.json"
+AUDIT = "audit.jsonl"
+PREPARED, COMMITTED = "prepared", "committed"
+
+
+@dataclass(frozen=True)
+class Journal:
+    """A change under way. Paths are relative to the workspace's folder."""
+
+    version: int
+    id: str
+    action: str
+    who: str
+    started: float  # epoch seconds
+    phase: str
+    names: tuple[str, ...]  # of secrets whose values change
+    files: dict[str, str]  # new file -> the place that it takes
+    serials: dict[str, int]  # machine -> serial of the bundle that it gets
+    changed: dict[str, tuple[str, ...]]  # machine -> files that differ in it
+
+
+def folder(state: Path) -> Path:
+    """Where new files wait, below the workspace's state folder."""
+    return state / FOLDER
+
+
+def read(state: Path) -> Journal | None:
+    """The journal of a change that has not ended; RavectlError when it is damaged."""
+    path = folder(state) / FILE
+    if not path.exists():
+        return None
+    try:
+        found = from_json(Journal, files.read_json(path))
+        if found.version != VERSION or found.phase not in (PREPARED, COMMITTED):
+            raise ValueError
+    except (KeyError, ValueError, TypeError, AttributeError):
+        raise RavectlError(
+            f"{path} is damaged, and a change of the secrets was under way",
+            f"keep the old secrets: rm -r '{folder(state)}'; then: ravectl secrets deliver",
+        ) from None
+    return found
+
+
+def write(state: Path, journal: Journal) -> Journal:
+    """Put the journal on disk, durably."""
+    files.write_json(folder(state) / FILE, to_json(journal), files.PRIVATE_FILE)
+    return journal
+
+
+def commit(state: Path, journal: Journal) -> Journal:
+    """The point of no return: from here on the new files hold."""
+    return write(state, replace(journal, phase=COMMITTED))
+
+
+def settle(root: Path, state: Path) -> None:
+    """Put the files of a committed change in their places, as far as that was not done."""
+    found = read(state)
+    if found is None or found.phase != COMMITTED:
+        return
+    for source, target in found.files.items():
+        if (root / source).exists():
+            os.replace(root / source, root / target)  # noqa: PTH105 - both names are ours
+    _sync({(root / t).parent for t in found.files.values()})
+
+
+def _sync(folders: set[Path]) -> None:
+    for path in folders:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def close(state: Path) -> None:
+    """Forget a change that has ended: its journal first, then what is left of its files."""
+    (folder(state) / FILE).unlink(missing_ok=True)
+    files.remove_tree(folder(state))
+
+
+def log(state: Path, entry: Mapping[str, Any]) -> None:
+    """Add a line to the audit log."""
+    fd = os.open(state / AUDIT, os.O_WRONLY | os.O_CREAT | os.O_APPEND, files.PRIVATE_FILE)
+    with os.fdopen(fd, "w") as f:
+        f.write(json.dumps(entry, sort_keys=True) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def history(state: Path) -> list[dict[str, Any]]:
+    """The audit log, oldest first; a line that was cut short is left out."""
+    path = state / AUDIT
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
