@@ -1,0 +1,311 @@
+"""A workspace's encrypted files: made once, completed, never overwritten, and told when damaged."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ravectl import audit, credentials, files, journal, sops, vault
+from ravectl.errors import HostError, RavectlError, UsageError
+from ravectl.model import SecretKind, SecretScope
+from ravectl.plan import SECRETS
+from ravectl.sops import Identity
+from ravectl.vault import Places, Vault
+from ravectl.workspace import Workspace
+from tests.plans import PLAN
+
+
+@pytest.fixture
+def identity(tmp_path: Path) -> Identity:
+    return Identity(tmp_path / "keys" / "keys.txt")
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> Workspace:
+    root = tmp_path / "space"
+    root.mkdir()
+    return Workspace(root)
+
+
+@pytest.fixture
+def made(space: Workspace, identity: Identity) -> Places:
+    vault.init(space, SECRETS, identity)
+    return Places(space)
+
+
+def below(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+# --- init ----------------------------------------------------------------------------------------
+
+
+def test_init_makes_everything_that_is_declared(made: Places, identity: Identity) -> None:
+    shared = vault.read(made.shared, identity)
+    wanted = {s.name for s in SECRETS
+              if s.scope is SecretScope.WORKSPACE and s.kind is not SecretKind.GIVEN}  # fmt: skip
+    assert shared.values.keys() == wanted == shared.changed.keys()
+    text = made.shared.read_text()
+    for name, value in shared.values.items():
+        assert credentials.fault(next(s.kind for s in SECRETS if s.name == name), value) is None
+        assert value not in text
+    assert made.ca_cert.read_text() == shared.values["ca/cert"]
+    assert identity.file is not None
+    assert identity.file.stat().st_mode & 0o777 == 0o600
+    assert made.recipients() == identity.recipients()
+
+
+def test_what_is_private_is_not_for_git(made: Places, identity: Identity) -> None:
+    root = made.workspace.root
+    git = ["git", "-C", root]
+    subprocess.run([*git, "init", "-q"], check=True)
+    credentials.ensure_operator_key(made.workspace.ssh_dir)
+    subprocess.run([*git, "add", "--all"], check=True)
+    listed = subprocess.run([*git, "ls-files"], check=True, capture_output=True, text=True).stdout
+    assert listed.split() == [".sops.yaml", "secrets.yaml"]
+
+
+def test_a_key_that_is_there_is_used(space: Workspace, identity: Identity) -> None:
+    assert identity.file is not None
+    sops.make_identity(identity.file)
+    before = identity.file.read_text()
+    done = vault.init(space, SECRETS, identity)
+    assert not done.made_identity
+    assert identity.file.read_text() == before
+
+
+def test_a_team_and_a_machine_of_ci_can_open_it(
+    space: Workspace, identity: Identity, tmp_path: Path
+) -> None:
+    mate, ci = Identity(tmp_path / "mate.txt"), Identity(tmp_path / "ci.txt")
+    others = [sops.make_identity(i.file)[0] for i in (mate, ci) if i.file]
+    vault.init(space, SECRETS, identity, others)
+    places = Places(space)
+    opened = [vault.read(places.shared, i) for i in (identity, mate, ci)]
+    assert opened[0] == opened[1] == opened[2]
+    assert set(others) < set(places.recipients())
+    assert ci.file is not None
+    inline = Identity(None, ci.file.read_text())
+    assert vault.read(places.shared, inline) == opened[0]
+
+
+@pytest.mark.parametrize("name", ["secrets.yaml", ".sops.yaml"])
+def test_nothing_is_overwritten(space: Workspace, identity: Identity, name: str) -> None:
+    (space.root / name).write_text("mine")
+    with pytest.raises(UsageError, match="init overwrites nothing"):
+        vault.init(space, SECRETS, identity)
+    assert below(space.root.parent) == {f"space/{name}": b"mine"}
+
+
+def test_a_bad_recipient_leaves_nothing_behind(space: Workspace, identity: Identity) -> None:
+    with pytest.raises(UsageError, match="is no recipient"):
+        vault.init(space, SECRETS, identity, ["age1nonsense"])
+    assert below(space.root.parent) == {}
+
+
+def test_a_read_only_workspace_is_told(tmp_path: Path) -> None:
+    """As root only a file system that is read-only refuses: so one is mounted, in a namespace."""
+    code = """
+import sys
+from pathlib import Path
+from ravectl import console, vault
+from ravectl.errors import RavectlError
+from ravectl.plan import SECRETS
+from ravectl.sops import Identity
+from ravectl.workspace import Workspace
+try:
+    vault.init(Workspace(Path(sys.argv[1])), SECRETS, Identity(Path(sys.argv[2])))
+except RavectlError as e:
+    console.error(e)
+    sys.exit(e.exit_code)
+"""
+    (tmp_path / "ro").mkdir()
+    key = tmp_path / "keys.txt"
+    sops.make_identity(key)
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-euc",
+         'mount -t tmpfs -o ro tmpfs "$1"; shift; exec "$@"', "sh", tmp_path / "ro",
+         os.sys.executable, "-c", code, tmp_path / "ro", key],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == HostError.exit_code, done.stderr
+    assert "read-only file system" in done.stderr
+    assert "fix:" in done.stderr
+
+
+# --- ensure --------------------------------------------------------------------------------------
+
+
+def test_a_second_look_changes_nothing(made: Places, identity: Identity) -> None:
+    before = below(made.workspace.root)
+    vault.ensure(made.workspace, SECRETS, identity)
+    after = below(made.workspace.root)
+    assert {k: v for k, v in after.items() if not k.endswith(".lock")} == {
+        k: v for k, v in before.items() if not k.endswith(".lock")
+    }
+
+
+def test_what_a_newer_ravectl_declares_is_added(made: Places, identity: Identity) -> None:
+    old = vault.read(made.shared, identity)
+    vault.write(made.shared, old.without("dispatcher/api-token"), made.recipients())
+    new = vault.ensure(made.workspace, SECRETS, identity)
+    assert new.values.keys() == old.values.keys()
+    assert {n for n in old.values if old.values[n] != new.values[n]} == {"dispatcher/api-token"}
+
+
+def test_a_machine_has_its_own_and_keeps_it(made: Places, identity: Identity) -> None:
+    shared = vault.read(made.shared, identity)
+    folders = [made.workspace.instance_dir(n) for n in ("one", "two")]
+    one, two = (vault.ensure_machine(made.workspace, f, PLAN, shared, identity) for f in folders)
+    assert not set(one.values.values()) & set(two.values.values())
+    again = vault.ensure_machine(made.workspace, folders[0], PLAN, shared, identity)
+    assert again == one
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda p: p.shared.unlink(), "there is no"),
+        (lambda p: p.shared.write_text(""), "cannot be opened"),
+        (lambda p: p.shared.write_bytes(b"\xff\xfe"), "not text"),
+        (lambda p: p.rules.write_text("creation_rules: []\n"), "names no recipients"),
+        (lambda p: p.rules.write_text("{"), "names no recipients"),
+    ],
+)
+def test_damage_is_told(
+    made: Places, identity: Identity, spoil: Callable[[Places], object], said: str
+) -> None:
+    spoil(made)
+    with pytest.raises(RavectlError, match=said) as caught:
+        vault.read(made.shared, identity)
+        made.recipients()
+    assert caught.value.hint
+
+
+def test_rules_of_others_stay(made: Places) -> None:
+    made.rules.write_text(
+        "creation_rules:\n- path_regex: other\n  age: age1other\nstores: {x: 1}\n"
+    )
+    made.rules.write_text(vault.rules_with(made, ["age1a", "age1b"]))
+    text = made.rules.read_text()
+    assert made.recipients() == ("age1a", "age1b")
+    assert "age1other" in text
+    assert "stores" in text
+
+
+# --- the journal ---------------------------------------------------------------------------------
+
+
+def journal_of(space: Workspace, phase: str) -> journal.Journal:
+    files.make_private_dir(journal.folder(space.state))
+    (journal.folder(space.state) / "new").write_text("new")
+    (space.root / "old").write_text("old")
+    written = journal.Journal(
+        version=1, id="x", action="rotate", who="me", started=1.0, phase=phase, names=("a",),
+        files={".rave/rotation/new": "old"}, serials={"one": 5}, changed={"one": ("a",)},
+    )  # fmt: skip
+    return journal.write(space.state, written)
+
+
+def test_files_take_their_places_only_when_committed(space: Workspace) -> None:
+    prepared = journal_of(space, journal.PREPARED)
+    assert journal.read(space.state) == prepared
+    journal.settle(space.root, space.state)
+    assert (space.root / "old").read_text() == "old"
+    journal.commit(space.state, prepared)
+    for _ in range(2):  # a second time, after a crash in the middle of the first
+        journal.settle(space.root, space.state)
+        assert (space.root / "old").read_text() == "new"
+    journal.close(space.state)
+    assert journal.read(space.state) is None
+    assert not journal.folder(space.state).exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 9}'])
+def test_a_damaged_journal_is_told(space: Workspace, text: str) -> None:
+    journal_of(space, journal.PREPARED)
+    (journal.folder(space.state) / journal.FILE).write_text(text)
+    with pytest.raises(RavectlError, match=r"cannot be read|is damaged") as caught:
+        journal.read(space.state)
+    assert caught.value.hint
+
+
+def test_the_audit_log_survives_a_line_cut_short(space: Workspace) -> None:
+    space.prepare()
+    journal.log(space.state, {"action": "one"})
+    path = space.state / journal.AUDIT
+    assert path.stat().st_mode & 0o777 == 0o600
+    with path.open("a") as f:
+        f.write('{"action": "tw')
+    assert journal.history(space.state) == [{"action": "one"}]
+
+
+# --- check ---------------------------------------------------------------------------------------
+
+
+def findings(made: Places, identity: Identity) -> list[str]:
+    return [f.text for f in audit.check(made.workspace, SECRETS, identity)]
+
+
+def test_a_fresh_workspace_is_in_order(made: Places, identity: Identity) -> None:
+    assert findings(made, identity) == []
+
+
+def changed(made: Places, identity: Identity, change: Callable[[Vault], Vault]) -> None:
+    vault.write(made.shared, change(vault.read(made.shared, identity)), made.recipients())
+
+
+def test_each_disorder_is_found(made: Places, identity: Identity, tmp_path: Path) -> None:
+    old = vault.now() - datetime.timedelta(days=91)
+    weak = "hunter2hunter2"
+    changed(
+        made, identity,
+        lambda v: v.without("dispatcher/api-token")
+        .with_value("ccr/api-key", weak, vault.now())
+        .with_value("ingress/password", v.values["ingress/password"], old)
+        .with_value("no/such", "x", vault.now()),
+    )  # fmt: skip
+    other, _ = sops.make_identity(tmp_path / "other.txt")
+    made.rules.write_text(vault.rules_with(made, [*identity.recipients(), other]))
+    assert identity.file is not None
+    identity.file.chmod(0o644)
+    seen = "\n".join(findings(made, identity))
+    for text in (
+        "dispatcher/api-token is missing", "ccr/api-key is not 22 or more",
+        "ingress/password is 91 days old", "no/such is not declared", f"not for {other}",
+        "can be read by others (mode 644)",
+    ):  # fmt: skip
+        assert text in seen
+    assert weak not in seen
+    assert len(seen.splitlines()) == 6
+
+
+def test_git_is_searched_for_what_was_once_in_it(made: Places, identity: Identity) -> None:
+    root = made.workspace.root
+    shared = vault.read(made.shared, identity)
+
+    def git(*words: str) -> None:
+        subprocess.run(
+            ["git", "-C", root, "-c", "user.name=x", "-c", "user.email=x@x", *words],
+            check=True, capture_output=True,
+        )  # fmt: skip
+
+    git("init", "-q")
+    (root / "notes.txt").write_text(f"the key is {shared.values['ccr/api-key']} it is\n")
+    (root / "ca.pem").write_text(shared.values["ca/key"])
+    (root / "id").write_text(credentials.new_value(SecretKind.SSH_KEY))
+    git("add", "--all")
+    git("commit", "-q", "-m", "oops")
+    git("rm", "-q", "notes.txt", "ca.pem", "id")
+    git("commit", "-q", "-m", "gone, they think")
+    seen = "\n".join(findings(made, identity))
+    assert "git holds ccr/api-key in plain text (notes.txt, commit " in seen
+    assert "git holds ca/key in plain text (ca.pem, commit " in seen
+    assert "git holds a private key in plain text (id, commit " in seen
+    assert shared.values["ccr/api-key"] not in seen
+    assert len(seen.splitlines()) == 3
