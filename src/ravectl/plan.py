@@ -243,8 +243,5 @@ SECRETS = (
         "dispatcher/github-secret", SecretKind.PASSWORD, _SHARED, Activation.NONE,
         grace_hours=GRACE_HOURS,
     ),
-    Secret(
-        "agents/anthropic-api-key", SecretKind.GIVEN, _SHARED, Activation.RESTART, group="ccr",
-        mode="0640",
-    ),
+    Secret("agents/anthropic-api-key", SecretKind.GIVEN, _SHARED, Activation.RESTART),
 )  # fmt: skip

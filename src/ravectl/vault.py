@@ -287,8 +287,10 @@ def init(
         if places.shared.exists():
             raise UsageError(f"{places.shared} exists already", "use it: ravectl up")
         made = not identity.exists()
-        if made and identity.file is not None:
-            sops.make_identity(identity.file)
+        if identity.file is not None:
+            workspace.keep_from_git(identity.file)
+            if made:
+                sops.make_identity(identity.file)
         everyone = tuple(dict.fromkeys((*identity.recipients(), *extra)))
         shared = complete(Vault(), secrets, now())
         if identity.file is not None and identity.file != sops.find_identity().file:
@@ -299,6 +301,7 @@ def init(
         files.write_atomic(places.rules, rules_with(places, everyone))
         write(places.shared, shared, everyone)
         publish(places, shared)
+        credentials.ensure_operator_key(workspace.ssh_dir)
     return Initialized(identity, made, everyone)
 
 
@@ -444,7 +447,9 @@ def bundle(plan: Plan, values: Mapping[str, str], serial: int, recipient: str) -
     """What a guest unpacks: a tar with owners and modes, encrypted for one identity."""
     made = io.BytesIO()
     with tarfile.open(fileobj=made, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        folders = sorted({f for name in values for f in _folders(name)})
+        # also those of secrets that nobody gave: LoadCredential= of a folder wants it to be there
+        names = {*values, *(s.name for s in plan.delivered())}
+        folders = sorted({f for name in names for f in _folders(name)})
         for name in folders:
             tar.addfile(_member(name, "root", "root", 0o711, tarfile.DIRTYPE))
         for name, value in sorted(values.items()):

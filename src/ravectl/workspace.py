@@ -19,6 +19,11 @@ from ravectl.errors import RavectlError, UsageError
 
 PROFILE_FILE = "rave.yaml"
 STATE_DIR = ".rave"
+_FIRST_PROFILE = """\
+# This workspace's machine: what is not written here is as in the profile that it extends.
+# See what it comes to: ravectl plan
+extends: safe
+"""
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 
 
@@ -70,6 +75,25 @@ class Workspace:
                 "use 1 to 32 small letters, digits and hyphens, with no hyphen at either end",
             )
         return self.instances_dir / name
+
+    def make_profile(self) -> bool:
+        """Write a profile that changes nothing yet, if there is none; whether it did."""
+        if self.profile_file is not None:
+            return False
+        files.write_atomic(self.root / PROFILE_FILE, _FIRST_PROFILE)
+        return True
+
+    def keep_from_git(self, path: Path) -> None:
+        """Have git ignore a private file, if it lies in this workspace and outside of .rave."""
+        inside = path.is_relative_to(self.root) and not path.is_relative_to(self.state)
+        if not inside:
+            return
+        line = f"/{path.relative_to(self.root)}"
+        ignore = self.root / ".gitignore"
+        known = ignore.read_text() if ignore.exists() else ""
+        if line not in known.splitlines():
+            end = "" if known.endswith("\n") or not known else "\n"
+            files.write_atomic(ignore, f"{known}{end}{line}\n")
 
     def prepare(self) -> Workspace:
         """Make the state folder, private and ignored by git; raises HostError if that fails."""

@@ -360,10 +360,17 @@ def systemd(place: Place) -> str:
     return "\n".join(ours) or ("" if result.returncode == 0 else "\n".join(lines))
 
 
+GIVEN_KEY = 'sk-"quoted"\\and & slashed/'
+
+
 def scripts(place: Place) -> str:
     """The rendered scripts have run on the way in; the router's writes what the router reads."""
+    # as systemd hands them over: LoadCredential= of a file, and of a folder
     script = (
-        "mkdir $HOME; /usr/lib/rave/router-config; cat $HOME/.claude-code-router/config.json; "
+        "mkdir -p $HOME/given; export CREDENTIALS_DIRECTORY=$HOME/given; "
+        "cp /run/rave/router-key $HOME/given/router-key; "
+        f"printf '%s\\n' '{GIVEN_KEY}' >$HOME/given/agents_anthropic-api-key; "
+        "/usr/lib/rave/router-config; cat $HOME/.claude-code-router/config.json; "
         "cat /run/rave/router-key"
     )
     result = place.run("sh", "-euc", script)
@@ -377,6 +384,7 @@ def scripts(place: Place) -> str:
     expected = [(p.name, p.url, list(p.models)) for p in place.plan.router_providers]
     seen = [(p["name"], p["api_base_url"], p["models"]) for p in config["Providers"]]
     right = (seen, config["APIKEY"], config["HOST"]) == (expected, key, "127.0.0.1")
+    right = right and {p["api_key"] for p in config["Providers"]} == {GIVEN_KEY}
     return "" if right else f"config.json: {config}"
 
 

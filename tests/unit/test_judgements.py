@@ -200,6 +200,18 @@ def offer(key: str, algorithm: str) -> Change:
     return rows({}, edit)
 
 
+def digest(section: str, name: str) -> Change:
+    """Another digest of one file, in one section."""
+
+    def change(text: str) -> str:
+        pattern = rf"(?ms)(^== {section} ==\n.*?^)[0-9a-f]{{64}}(  \./{name}\n)"
+        found, count = re.subn(pattern, rf"\g<1>{'0' * 64}\g<2>", text, count=1)
+        assert count == 1
+        return found
+
+    return change
+
+
 ACCEPT = {"accept": None}
 NGINX, ROUTER, KANBAN = "nginx.service", "claude-code-router.service", "vibe-kanban.service"
 PASSWORD_TRY = {"try": "password"}
@@ -425,6 +437,37 @@ BROKEN = (
     Broken("H4", "none answered",
            put({"route": "kanban"}, ms=[], unexpected={"no answer in time": 1}),
            "kanban: 1 times no answer in time"),
+    # X4
+    Broken("X4", "all may read a secret",
+           swap("ccr/api-key root root 600", "ccr/api-key root root 644"),
+           "ccr/api-key is root root 644, not root root 600"),
+    Broken("X4", "another owner",
+           swap("exporter-scram postgres postgres 400", "exporter-scram root postgres 400"),
+           "postgres/exporter-scram is root postgres 400, not postgres postgres 400"),
+    Broken("X4", "a file that nobody declared", within("files", "left/over root root 600"),
+           "left/over is not declared"),
+    Broken("X4", "a file is missing", swap("ccr/api-key root root 600\n", ""),
+           "ccr/api-key is missing"),
+    Broken("X4", "on a disk", swap("/run/secrets.d tmpfs", "/run/secrets.d ext4"),
+           "/run/secrets.d is a ext4"),
+    Broken("X4", "may be swapped out", chain(
+        swap(",noswap", ""), swap("Priority\n", "Priority\n/swapfile file 1048572 0 -2\n"),
+    ), "/run/secrets.d can be swapped out"),
+    Broken("X4", "in a process", within("places", "/proc/812/cmdline"),
+           "a value is seen in /proc/812/cmdline"),
+    Broken("X4", "in the journal", within("places", "the journal"),
+           "a value is seen in the journal"),
+    Broken("X4", "on the disk", swap("== disk ==\nnothing\n", "== disk ==\nccr/api-key\n"),
+           "ccr/api-key is on the machine's disk"),
+    # D6
+    Broken("D6", "another value", swap("  ./ccr/api-key\n", "  ./ccr/other\n"),
+           "ccr/api-key is missing"),
+    Broken("D6", "a value of before", digest("digests", "ccr/api-key"),
+           "ccr/api-key has another value"),
+    Broken("D6", "the files have another", digest("wanted", "ccr/api-key"),
+           "ccr/api-key has another value"),
+    Broken("D6", "not in the files", within("digests", f"{'0' * 64}  ./left/over"),
+           "left/over should not be there"),
 )  # fmt: skip
 
 UNREADABLE = (
@@ -454,6 +497,13 @@ UNREADABLE = (
     ("H4", "a route was not asked", gone({"route": "kanban"})),
     ("H4", "times that are no numbers", put({"route": "kanban"}, ms=["fast"])),
     ("H4", "times that are no times", put({"route": "kanban"}, ms=[float("nan")] * 500)),
+    ("X4", "the search was not made", without("places")),
+    ("X4", "the mount is not known", chain(without("mount"), swap("== swap", "== mount ==\n== swap"))),
+    ("X4", "the disk is elsewhere", swap("== disk ==\nnothing\n", "== disk ==\nnot looked at\n")),
+    ("X4", "grep said nothing of the disk", swap("== disk ==\nnothing\n", "== disk ==\n")),
+    ("D6", "no digests", without("digests")),
+    ("D6", "digests that are none", chain(without("digests"), swap("== places", "== digests ==\nsh: no\n== places"))),
+    ("D6", "the files hold nothing", chain(without("wanted"), swap("== end", "== wanted ==\n== end"))),
 )  # fmt: skip
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import serialization
 
 from ravectl import credentials, delivery, rotate, vault
 from ravectl.errors import UsageError
 from ravectl.model import EngineName, SecretKind, SecretScope
 from ravectl.plan import SECRETS
 from ravectl.rotate import Secrets
+from ravectl.verify import secrecy
 from tests.plans import PLAN
 
 NOW = datetime.datetime(2026, 11, 24, 12, 0, tzinfo=datetime.UTC)
@@ -116,6 +119,22 @@ def test_nothing_shows_a_value(before: Secrets) -> None:
         for name, value in held.values.items():
             assert value not in shown, name
             assert value[:20] not in shown or "-----" in value[:20], name
+
+
+@pytest.mark.parametrize("kind", [SecretKind.SSH_KEY, SecretKind.TLS_KEY, SecretKind.PASSWORD])
+def test_what_is_looked_for_is_of_this_value_alone(kind: SecretKind) -> None:
+    values = [credentials.new_value(kind) for _ in range(20)]
+    for value in values:
+        assert [v for v in values if secrecy.core(value) in v] == [value]
+
+
+def test_what_is_looked_for_of_a_key_is_not_public() -> None:
+    private = credentials.new_value(SecretKind.SSH_KEY)
+    seed = serialization.load_ssh_private_key(private.encode(), None).private_bytes_raw()  # type: ignore[union-attr]
+    # base64 of any alignment: 32 bytes are 40 characters that depend on nothing else
+    whole = "".join(private.splitlines()[1:-1])
+    at = base64.b64decode(whole).index(seed) * 4 // 3
+    assert whole[at + 2 : at + 40] in secrecy.core(private)
 
 
 # --- what readers are told -----------------------------------------------------------------------

@@ -41,6 +41,8 @@ def init(
 
     space = options.find_workspace(workspace)
     made = vault.init(space, plan.SECRETS, options.opener(space, identity), recipient or ())
+    if space.make_profile():
+        console.note(f"{space.profile_file} is the profile: what differs from safe goes there")
     if made.made_identity:
         console.note(f"new age identity in {made.identity.where}: keep a copy where you keep keys")
     console.note(f"{space.root / vault.FILE} is encrypted for {', '.join(made.recipients)}")

@@ -98,9 +98,13 @@ def _found(target: VerifyTarget, patterns: bytes) -> bool:
 
 
 def core(value: str) -> str:
-    """What is unmistakable of a value: of a PEM file its longest line."""
+    """What is unmistakable of a value: of a key in PEM its last full line.
+
+    The first line is the same in every Ed25519 key that OpenSSH writes; in the last full one
+    the private part stands (of an elliptic curve key in PKCS#8, 156 of its bits).
+    """
     lines = [line for line in value.strip().splitlines() if not line.startswith("-----")]
-    return max(lines, key=len, default=value)
+    return max(reversed(lines), key=len, default=value)
 
 
 SECRETS = Probe("secrets", _collect, 60.0)
