@@ -498,12 +498,16 @@ UNREADABLE = (
     ("H4", "times that are no numbers", put({"route": "kanban"}, ms=["fast"])),
     ("H4", "times that are no times", put({"route": "kanban"}, ms=[float("nan")] * 500)),
     ("X4", "the search was not made", without("places")),
-    ("X4", "the mount is not known", chain(without("mount"), swap("== swap", "== mount ==\n== swap"))),
-    ("X4", "the disk is elsewhere", swap("== disk ==\nnothing\n", "== disk ==\nnot looked at\n")),
+    ("X4", "the mount is not known",
+     chain(without("mount"), swap("== swap", "== mount ==\n== swap"))),
+    ("X4", "the disk is elsewhere",
+     swap("== disk ==\nnothing\n", "== disk ==\nnot looked at\n")),
     ("X4", "grep said nothing of the disk", swap("== disk ==\nnothing\n", "== disk ==\n")),
     ("D6", "no digests", without("digests")),
-    ("D6", "digests that are none", chain(without("digests"), swap("== places", "== digests ==\nsh: no\n== places"))),
-    ("D6", "the files hold nothing", chain(without("wanted"), swap("== end", "== wanted ==\n== end"))),
+    ("D6", "digests that are none",
+     chain(without("digests"), swap("== places", "== digests ==\nsh: no\n== places"))),
+    ("D6", "the files hold nothing",
+     chain(without("wanted"), swap("== end", "== wanted ==\n== end"))),
 )  # fmt: skip
 
 

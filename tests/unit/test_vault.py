@@ -180,10 +180,13 @@ def test_a_machine_has_its_own_and_keeps_it(made: Places, identity: Identity) ->
 def test_damage_is_told(
     made: Places, identity: Identity, spoil: Callable[[Places], object], said: str
 ) -> None:
-    spoil(made)
-    with pytest.raises(RavectlError, match=said) as caught:
+    def look() -> None:
         vault.read(made.shared, identity)
         made.recipients()
+
+    spoil(made)
+    with pytest.raises(RavectlError, match=said) as caught:
+        look()
     assert caught.value.hint
 
 
