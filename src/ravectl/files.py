@@ -195,9 +195,11 @@ def in_memory() -> Iterator[Path]:
     folder = Path("/dev/shm")  # noqa: S108 - it is a tmpfs; what is made there is private
     if not os.access(folder, os.W_OK):
         raise HostError("this host has no /dev/shm that can be written", "mount a tmpfs there")
-    # what a killed one left is removed by the next; of one user, whose locks it may take
-    with staging(folder, f"ravectl-{os.geteuid()}") as made:
+    made = Path(tempfile.mkdtemp(dir=folder, prefix="ravectl."))
+    try:
         yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ravectl import (
@@ -46,7 +46,7 @@ from ravectl.model import (
     InstanceState,
     Plan,
 )
-from ravectl.verify import VerifyTarget
+from ravectl.verify import VerifyTarget, secrecy
 from ravectl.workspace import Workspace
 
 UP_SECONDS = 300.0  # on a loaded host under TCG a boot takes up to 150 s
@@ -601,7 +601,10 @@ def verify_target(
         places = instance.places
         shared = vault.read(places.shared, opener)
         machine = vault.read(places.machine(instance.folder), opener)
-        yield target_with(instance, connection, shared, machine)
+        target = target_with(instance, connection, shared, machine)
+        digest = instance.require_record().image
+        image = {} if digest is None else {secrecy.IMAGE: images.find(digest).disk}
+        yield replace(target, disks={**target.disks, **image})
 
 
 def target_with(
@@ -628,6 +631,6 @@ def target_with(
         router_key=shared.values["ccr/api-key"],
         delivery=vault.delivery(record.plan, shared, machine, [key.public]),
         hidden=vault.hidden(shared, machine),
-        disk=instance.overlay,
+        disks={secrecy.DISK: instance.overlay},
         host_started=instance.host_started(),
     )

@@ -457,8 +457,9 @@ BROKEN = (
            "a value is seen in /proc/812/cmdline"),
     Broken("X4", "in the journal", within("places", "the journal"),
            "a value is seen in the journal"),
-    Broken("X4", "on the disk", swap("== disk ==\nnothing\n", "== disk ==\nccr/api-key\n"),
-           "ccr/api-key is on the machine's disk"),
+    Broken("X4", "in the image",
+           swap("== disk ==\nnothing\n", "== disk ==\nccr/api-key is on the image\n"),
+           "ccr/api-key is on the image"),
     # D6
     Broken("D6", "another value", swap("  ./ccr/api-key\n", "  ./ccr/other\n"),
            "ccr/api-key is missing"),

@@ -25,7 +25,7 @@ TARGET = VerifyTarget(
     instance="default", plan=PLAN, engine=EngineName.DEBIAN, image_digest="0123456789abcdef",
     endpoint=cast(Endpoint, None), connection=cast(Any, None), ca_cert=Path("ca.crt"),
     ingress_user="rave", ingress_password="p4ssw0rd-of-the-ingress",
-    router_key="k3y-of-the-router", delivery={}, hidden={}, disk=None, host_started=None,
+    router_key="k3y-of-the-router", delivery={}, hidden={}, disks={}, host_started=None,
 )  # fmt: skip
 
 

@@ -127,6 +127,7 @@ def get(
 @app.command("set")
 def set_(
     name: Annotated[str, typer.Argument(help="A name, as ravectl secrets list shows it.")],
+    value: Annotated[str | None, typer.Argument(hidden=True)] = None,
     unset: Annotated[
         bool, typer.Option("--unset", help="Take an optional one away instead.")
     ] = False,
@@ -135,9 +136,14 @@ def set_(
     """Give a secret the value that stdin holds, here and in running machines."""
     from ravectl import rotate
 
-    value = None if unset else _from_stdin(name)
+    if value is not None:
+        raise UsageError(
+            "a value is never an argument: process lists and the shell's history keep it",
+            f"count it as known; give another one on stdin: ravectl secrets set {name}",
+        )
+    new = None if unset else _from_stdin(name)
     space = options.find_workspace(workspace)
-    _say(rotate.set_values(space, options.opener(space), {name: value}, "set"))
+    _say(rotate.set_values(space, options.opener(space), {name: new}, "set"))
 
 
 def _from_stdin(name: str) -> str:

@@ -58,7 +58,7 @@ class VerifyTarget:
     router_key: str = field(repr=False)
     delivery: Mapping[str, str] = field(repr=False)  # what the guest was given, by file name
     hidden: Mapping[str, str] = field(repr=False)  # what must be seen nowhere, by name
-    disk: Path | None  # the machine's disk on this host
+    disks: Mapping[str, Path]  # on this host, by what they are: the machine's disk, its image
     host_started: float | None  # epoch seconds at which QEMU started; None: unknown
 
     @property

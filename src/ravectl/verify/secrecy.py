@@ -1,15 +1,17 @@
 """Checks of secrets: they are the ones that the files hold, closed to others, and nowhere else.
 
 What must not be seen is looked for by its value: in the guest's processes, journal and units,
-and in the machine's disk as this host has it, which shows deleted files too. Values travel by
-standard input, and answers name places and secrets, never values.
+and in the machine's disk and image as this host has them, which shows deleted files too. Values
+travel by standard input, and answers name places and secrets, never values.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import shlex
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from ravectl import command
 from ravectl.model import Plan, Secret, SecretKind, Suite
@@ -54,7 +56,7 @@ journalctl --quiet --no-pager --output=cat | grep -qaFf "$patterns" && echo 'the
 grep -rlaFf "$patterns" /var/log/journal /run/log/journal /etc/systemd /run/systemd 2>/dev/null
 systemctl show-environment | grep -qaFf "$patterns" && echo "the manager's environment"
 """
-DISK = "the machine's disk"
+DISK, IMAGE = "the machine's disk", "the image"
 
 
 def _collect(target: VerifyTarget, deadline: float) -> str:
@@ -76,24 +78,25 @@ def _collect(target: VerifyTarget, deadline: float) -> str:
 
 def _on_disk(target: VerifyTarget, hidden: Mapping[str, str]) -> str:
     """Which values this host finds in the machine's disk."""
-    if target.disk is None:
+    if not target.disks:
         return "not looked at\n"
     every = "\n".join(sorted(set(hidden.values()))).encode()
-    # most often none is there, and one reading says so
-    if not _found(target, every):
-        return "nothing\n"
-    names = [n for n, v in sorted(hidden.items()) if _found(target, v.encode())]
-    return "".join(f"{name}\n" for name in names)
+    seen = ""
+    for what, disk in target.disks.items():
+        # most often none is there, and one reading says so
+        if _found(disk, every):
+            names = [n for n, v in sorted(hidden.items()) if _found(disk, v.encode())]
+            seen += "".join(f"{name} is on {what}\n" for name in names)
+    return seen or "nothing\n"
 
 
-def _found(target: VerifyTarget, patterns: bytes) -> bool:
-    assert target.disk is not None
-    argv: command.Argv = ["grep", "--quiet", "--text", "--fixed-strings", "--file=-", target.disk]
-    result = command.run(argv, stdin=patterns, check=False, timeout=120)
+def _found(disk: Path, patterns: bytes) -> bool:
+    argv: command.Argv = ["grep", "--quiet", "--text", "--fixed-strings", "--file=-", disk]
+    # bytes, not characters of whatever this host speaks
+    env = {**os.environ, "LC_ALL": "C"}
+    result = command.run(argv, stdin=patterns, env=env, check=False, timeout=120)
     if result.returncode > 1:
-        raise command.failure(
-            result, f"see whether it can be read: {shlex.quote(str(target.disk))}"
-        )
+        raise command.failure(result, f"see whether it can be read: {shlex.quote(str(disk))}")
     return result.returncode == 0
 
 
@@ -124,10 +127,10 @@ def judge_secrecy(subject: Subject, output: str) -> Judgement:
     disk = parts["disk"].splitlines()
     if disk == ["not looked at"]:
         return unreadable(expected, "the machine's disk is not on this host")
-    faults += [f"{name} is on {DISK}" for name in disk if name != "nothing"]
+    faults += [line for line in disk if line != "nothing"]
     return judged(
         expected,
-        f"{count} files so; no value in a process, the journal, a unit or on the disk",
+        f"{count} files so; no value in a process, the journal, a unit or on a disk",
         faults,
         "find what wrote it (ravectl logs), mend it, then: ravectl rotate-secrets",
     )
