@@ -231,10 +231,13 @@ def spawn(
         os.close(sink)
 
 
-def interactive(argv: Argv) -> int:
-    """Run a command on the person's own terminal and return its exit code (an editor)."""
+def interactive(argv: Argv, hint: str) -> int:
+    """Run a command on the person's own terminal and return its exit code (an editor).
+
+    Raises HostError with `hint` when it is not installed.
+    """
     words = [os.fspath(a) for a in argv]
-    return subprocess.run([find_tool(words[0]), *words[1:]], check=False).returncode
+    return subprocess.run([find_tool(words[0], hint), *words[1:]], check=False).returncode
 
 
 def isolated(argv: Argv) -> list[str | os.PathLike[str]]:

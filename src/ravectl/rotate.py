@@ -786,8 +786,14 @@ def share(
             raise UsageError(
                 f"{sorted(unknown)[0]!r} is no recipient", "see them: ravectl secrets recipients"
             )
-        everyone = tuple(dict.fromkeys((*before.recipients, *add)))
-        return replace(before, recipients=tuple(r for r in everyone if r not in gone))
+        everyone = dict.fromkeys((*before.recipients, *add))
+        left = tuple(r for r in everyone if r not in gone)
+        if not set(left) & set(identity.recipients()):
+            raise UsageError(
+                "after that you could not open the secrets yourself",
+                "let somebody who stays remove you: ravectl secrets recipients --remove",
+            )
+        return replace(before, recipients=left)
 
     return change(workspace, identity, "recipients", decide)
 

@@ -71,10 +71,12 @@ def list_(
     for r in rows:
         age = "-" if r["days"] is None else f"{r['days']} days"
         readers = ", ".join(r["readers"]) or "-"
-        print(f"{r['name']:<28} {r['kind']:<15} {r['where']:<10} {age:>9}  {readers}")
+        grace = f"  (the one before: until {r['previous_until']})" if r["previous_until"] else ""
+        print(f"{r['name']:<28} {r['kind']:<15} {r['where']:<10} {age:>9}  {readers}{grace}")
 
 
 SHARED = "workspace"
+_ABSENT = {"workspace": "not set", "instance": "not made", "derived": "derived"}
 
 
 def _rows(secrets: tuple[Secret, ...], held: dict[str, Sealed]) -> list[dict[str, Any]]:
@@ -88,7 +90,7 @@ def _rows(secrets: tuple[Secret, ...], held: dict[str, Sealed]) -> list[dict[str
             {
                 "name": s.name,
                 "kind": s.kind.value,
-                "where": where or ("derived" if s.source or not s.in_all else "not set"),
+                "where": where or _ABSENT[s.scope.value],
                 "changed": held[where].changed.get(s.name) if where else None,
                 "days": _days(held[where].changed.get(s.name)) if where else None,
                 "previous_until": until,
@@ -188,7 +190,7 @@ def _edited(known: dict[str, str], unset: list[str]) -> dict[str, str]:
     with files.in_memory() as folder:
         path = folder / "secrets.yaml"
         files.write_atomic(path, text, files.PRIVATE_FILE)
-        if code := command.interactive([*editor, str(path)]):
+        if code := command.interactive([*editor, str(path)], "name yours: export EDITOR=vi"):
             raise RavectlError(f"{editor[0]} ended with exit {code}", "nothing was changed")
         try:
             found = yaml.safe_load(path.read_text())
