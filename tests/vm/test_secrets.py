@@ -29,7 +29,14 @@ STEPS = (
     "connected", "prepared", "staged", "activated", "applied", "proven", "verified", "committed",
     "replaced", "kept", "looked for the former", "closed",
 )  # fmt: skip
-COMMITTED = STEPS.index("committed")
+
+
+def kept(step: str, what: str) -> bool:
+    """Whether a change that was cut short there is finished, or taken back."""
+    # the machine is not asked any more between "verified" and the commit: its loss is seen later
+    decided = "committed" if what == "ravectl" else "verified"
+    return STEPS.index(step) >= STEPS.index(decided)
+
 
 # ravectl in which something is lost the moment that a step was reached
 LOSING = """
@@ -158,8 +165,8 @@ systemctl reset-failed nginx || true
 systemctl start nginx
 """
     said = running("exec", "--", "sudo", "bash", "-s", stdin=script).stdout
-    assert "inactive\nactive\nactive" in said or "failed\nactive\nactive" in said
-    assert "/run/secrets/ccr/api-key" in said
+    assert said.startswith("inactive\nactive\nactive\n")
+    assert "secret ccr/api-key is missing" in said
     assert_agreement(running)
 
 
@@ -231,10 +238,8 @@ def test_cut_short_at_every_step(running: Tool, what: str, step: str) -> None:
     assert "Traceback" not in done.stderr
     running("secrets", "deliver")
     after = values(running)
-    # what was lost before the commit is as if it had not begun, and after it as if it had ended
-    kept = STEPS.index(step) >= COMMITTED
     for name in ROTATED:
-        assert (after[name] != before[name]) is kept, name
+        assert (after[name] != before[name]) is kept(step, what), name
     assert_agreement(running)
 
 
@@ -246,9 +251,8 @@ def test_the_machine_dies_at_every_step(running: Tool, step: str) -> None:
     running.wait_for_no_qemu()
     running("up")
     after = values(running)
-    kept = STEPS.index(step) >= COMMITTED
     for name in ROTATED:
-        assert (after[name] != before[name]) is kept, name
+        assert (after[name] != before[name]) is kept(step, "qemu"), name
     assert_agreement(running)
 
 
@@ -324,7 +328,9 @@ def test_no_value_is_seen_while_it_is_rotated(running: Tool, tmp_path: Path) -> 
     said = (done.stdout + done.stderr).encode()
     for place, text in {"host": host, "guest": guest, "what ravectl says": said}.items():
         assert not [x for x in lines if x in text], f"a value is seen: {place}"
-    journal_text = running("exec", "--", "sudo", "journalctl", "--no-pager", "-o", "export").stdout
+    show = "journalctl --no-pager -o export | tr -cd '[:print:]\\n'"
+    journal_text = running("exec", "--", "sudo", "sh", "-c", show).stdout
+    assert len(journal_text) > 10_000
     state = "".join(
         p.read_text(errors="replace")
         for p in (running.workspace / ".rave").rglob("*")

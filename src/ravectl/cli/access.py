@@ -66,14 +66,14 @@ def exec_(
     timeout: Annotated[float, typer.Option(help="Seconds until it is given up.")] = 600.0,
 ) -> None:
     """Run a command in the machine and exit as it does: ravectl exec -- systemctl status."""
-    from ravectl import ssh as ssh_client
+    from ravectl import lifecycle
 
     if not context.args:
         raise UsageError("exec needs a command", "as in: ravectl exec -- uptime")
     found = _running(workspace, name)
     stdin = b"" if sys.stdin.isatty() else sys.stdin.buffer.read()
     try:
-        with ssh_client.Connection(found.target()) as connection:
+        with lifecycle.connection_to(found) as connection:
             code = connection.relay(
                 shlex.join(context.args),
                 lambda data: _pass_on(sys.stdout.buffer, data),
