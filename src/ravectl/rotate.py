@@ -318,7 +318,8 @@ class Change:
         for name, instance in self.instances.items():
             if moved or before.machines[name] != after.machines[name]:
                 pairs.append((self.folder / f"{name}.yaml", self.places.machine(instance.folder)))
-                vault.write(pairs[-1][0], after.machines[name], after.recipients)
+                own = after.machines[name]
+                vault.write(pairs[-1][0], own, after.recipients, files.PRIVATE_FILE)
         if moved:
             pairs.append((self.folder / vault.RULES_FILE, self.places.rules))
             text = vault.rules_with(self.places, after.recipients)

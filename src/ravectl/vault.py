@@ -159,9 +159,9 @@ def look(path: Path) -> Sealed:
     return Sealed(recipients, tuple(map(str, parts[0])), dates[0], dates[1])
 
 
-def write(path: Path, vault: Vault, recipients: Iterable[str]) -> None:
+def write(path: Path, vault: Vault, recipients: Iterable[str], mode: int = 0o644) -> None:
     """Encrypt a vault into a file, in one step: the old file or the new, never half of one."""
-    files.write_atomic(path, sops.encrypt(to_document(vault), tuple(recipients)), 0o644)
+    files.write_atomic(path, sops.encrypt(to_document(vault), tuple(recipients)), mode)
 
 
 def _text(path: Path) -> str:
@@ -370,7 +370,7 @@ def ensure_machine(
         known = read(path, identity) if path.exists() else Vault()
         full = complete_machine(known, plan, shared, now())
         if full != known:
-            write(path, full, places.recipients())
+            write(path, full, places.recipients(), files.PRIVATE_FILE)
     return full
 
 
