@@ -43,7 +43,7 @@ def check(
         found.append(Finding("a change was cut short", "end it: ravectl secrets deliver"))
     shared = vault.read(places.shared, identity)
     found += schema(shared, declared, SecretScope.WORKSPACE, vault.FILE)
-    found += stale(shared, vault.FILE)
+    found += stale(shared, declared, vault.FILE)
     found += recipients(places.shared, places.recipients(), vault.FILE)
     values = dict(shared.values) | {f"{n} (before)": v for n, v in shared.previous.items()}
     for instance in list_instances(workspace.instances_dir):
@@ -52,7 +52,7 @@ def check(
             own = vault.read(path, identity)
             where = f"machine {instance.name}"
             found += schema(own, declared, SecretScope.INSTANCE, where)
-            found += stale(own, where)
+            found += stale(own, declared, where)
             found += recipients(path, places.recipients(), where)
             values |= {f"{n} of {instance.name}": v for n, v in own.values.items()}
     private = [places.operator_key, *([identity.file] if identity.file else [])]
@@ -75,25 +75,36 @@ def schema(
             if s.kind is not SecretKind.GIVEN:
                 found.append(Finding(f"{where}: {name} is missing", "ravectl up makes it"))
         elif why := credentials.fault(s.kind, value):
-            found.append(Finding(f"{where}: {name} is {why}", f"ravectl rotate-secrets {name}"))
+            found.append(Finding(f"{where}: {name} is {why}", renewal(s)))
     for name in held.values.keys() - known.keys():
-        found.append(Finding(f"{where}: {name} is not declared", "its reader is gone: remove it"))
+        remedy = f"its reader is gone: ravectl secrets set {name} --unset"
+        found.append(Finding(f"{where}: {name} is not declared", remedy))
     return found
 
 
-def stale(held: vault.Vault, where: str) -> list[Finding]:
+def renewal(s: Secret) -> str:
+    """The command that gives a secret another value."""
+    if s.kind is SecretKind.GIVEN:
+        return f"ravectl secrets set {s.name}"
+    if s.kind is SecretKind.SSH_KEY:
+        return "ravectl rotate-secrets --ssh"
+    return f"ravectl rotate-secrets {'ca/key' if s.name == 'ca/cert' else s.name}"
+
+
+def stale(held: vault.Vault, declared: Iterable[Secret], where: str) -> list[Finding]:
     """Values that are older than 90 days. Pure but for the clock."""
     found = []
-    for name in held.values:
+    for s in declared:
+        if s.name not in held.values:
+            continue
         try:
-            age = vault.now() - vault.parse_stamp(held.changed.get(name, ""))
+            age = vault.now() - vault.parse_stamp(held.changed.get(s.name, ""))
         except ValueError:
-            found.append(Finding(f"{where}: {name} has no date", f"ravectl rotate-secrets {name}"))
+            found.append(Finding(f"{where}: {s.name} has no date", renewal(s)))
             continue
         # an authority is made for ten years; who trusts it would have to trust another
-        if age > vault.STALE and not name.startswith("ca/"):
-            remedy = "ravectl rotate-secrets --older-than 90d"
-            found.append(Finding(f"{where}: {name} is {age.days} days old", remedy))
+        if age > vault.STALE and s.kind not in (SecretKind.CA_KEY, SecretKind.CA_CERT):
+            found.append(Finding(f"{where}: {s.name} is {age.days} days old", renewal(s)))
     return found
 
 
@@ -107,7 +118,7 @@ def recipients(path: Path, wanted: Sequence[str], where: str) -> list[Finding]:
     return [
         Finding(
             f"{where} is encrypted {', '.join(parts)}, against .sops.yaml",
-            "ravectl secrets recipients --add or --remove",
+            "if .sops.yaml is right: ravectl secrets deliver",
         )
     ]
 

@@ -42,7 +42,7 @@ PASSWORD_LENGTH = 24  # 142 bits
 _PASSWORD_MINIMUM = 22  # 130 bits: what a hash as fast as the ingress's needs
 _SALT_BYTES = 16
 _SCRAM_ITERATIONS = 4096  # PostgreSQL's scram_iterations: its clients compute them at each login
-_MAX_GIVEN = 16384
+_GIVEN_LENGTHS = (12, 16384)  # shorter ones stand by chance in many a file that is searched
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ _EXPECTED = {
     SecretKind.CA_KEY: "not an unencrypted elliptic curve key in PEM",
     SecretKind.TLS_CERT: "not a certificate in PEM",
     SecretKind.CA_CERT: "not a certificate in PEM",
-    SecretKind.GIVEN: f"empty, of more than one line, or longer than {_MAX_GIVEN} characters",
+    SecretKind.GIVEN: "not one line of {} to {} characters".format(*_GIVEN_LENGTHS),
 }
 
 
@@ -97,7 +97,7 @@ def _parse(kind: SecretKind, text: str) -> None:
         _parse_tls_key(text)
     elif kind in (SecretKind.TLS_CERT, SecretKind.CA_CERT):
         x509.load_pem_x509_certificate(text.encode())
-    elif not text.strip() or not text.isprintable() or len(text) > _MAX_GIVEN:
+    elif not text.isprintable() or not _GIVEN_LENGTHS[0] <= len(text.strip()) <= _GIVEN_LENGTHS[1]:
         raise ValueError
 
 
@@ -129,6 +129,15 @@ def ssh_public(private: str) -> str:
     return _public_line(_parse_ssh_key(private.encode()))
 
 
+def is_ssh_public(line: str) -> bool:
+    """Whether a line is a public key in OpenSSH's form."""
+    try:
+        serialization.load_ssh_public_key(line.encode())
+    except (ValueError, UnsupportedAlgorithm):
+        return False
+    return True
+
+
 def _public_line(key: ed25519.Ed25519PrivateKey) -> str:
     public = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
     return key.public_key().public_bytes(*public).decode()
@@ -151,7 +160,11 @@ def ca_certificate(ca_key: str) -> str:
 
 def ca_fault(ca_cert: str, ca_key: str) -> str | None:
     """What keeps an authority from signing: it is another key's, or ends soon; None if nothing."""
-    cert, key = x509.load_pem_x509_certificate(ca_cert.encode()), _parse_tls_key(ca_key)
+    key = _parse_tls_key(ca_key)
+    try:
+        cert = x509.load_pem_x509_certificate(ca_cert.encode())
+    except ValueError:
+        return "it is no certificate"
     if cert.public_key() != key.public_key():
         return "the certificate belongs to another key"
     # what it signs must not outlive it
@@ -167,8 +180,11 @@ def server_certificate(tls_key: str, ca_cert: str, ca_key: str, hostname: str) -
 
 def serves(tls_cert: str, tls_key: str, ca_cert: str, hostname: str) -> bool:
     """Whether a certificate can go on being used: in time, for these names, signed by the CA."""
-    cert = x509.load_pem_x509_certificate(tls_cert.encode())
     ca = x509.load_pem_x509_certificate(ca_cert.encode())
+    try:
+        cert = x509.load_pem_x509_certificate(tls_cert.encode())
+    except ValueError:
+        return False
     ours = cert.public_key() == _parse_tls_key(tls_key).public_key()
     return ours and _serves(cert, ca, hostname)
 

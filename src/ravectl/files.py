@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -191,15 +192,28 @@ def lock(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_memory() -> Iterator[Path]:
-    """A private folder that is on no disk, gone afterwards; HostError when there is none."""
-    folder = Path("/dev/shm")  # noqa: S108 - it is a tmpfs; what is made there is private
-    if not os.access(folder, os.W_OK):
-        raise HostError("this host has no /dev/shm that can be written", "mount a tmpfs there")
-    made = Path(tempfile.mkdtemp(dir=folder, prefix="ravectl."))
+    """A private folder that is on no disk, gone afterwards; HostError when there is none.
+
+    What a killed process left there is removed by the next one.
+    """
+    parent = Path("/dev/shm") / f"ravectl-{os.geteuid()}"  # noqa: S108 - a tmpfs
     try:
+        parent.mkdir(mode=PRIVATE_DIR, exist_ok=True)
+    except OSError:
+        raise HostError(
+            "this host has no /dev/shm that can be written", "mount a tmpfs there"
+        ) from None
+    if not is_private(parent):
+        raise HostError(f"{parent} was made by somebody else", f"look at it: ls -ld {parent}")
+    with staging(parent, "memory") as made:
         yield made
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+
+
+def is_private(folder: Path) -> bool:
+    """Whether a folder is ours, no link, and closed to all others."""
+    found = folder.lstat()
+    ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+    return ours and not found.st_mode & 0o077
 
 
 @contextlib.contextmanager

@@ -180,9 +180,10 @@ class Instance:
     def pins(self) -> tuple[str, ...]:
         """The public host keys that may answer; RavectlError when it was never started."""
         try:
-            found = tuple((self.folder / PINS_FILE).read_text().splitlines())
-        except FileNotFoundError:
-            found = ()
+            lines = (self.folder / PINS_FILE).read_text().splitlines()
+        except (OSError, UnicodeDecodeError):
+            lines = []
+        found = tuple(line for line in lines if credentials.is_ssh_public(line))
         if not found:
             raise RavectlError(
                 f"the host key of instance {self.name!r} is not known", "ravectl up learns it"

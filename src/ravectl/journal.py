@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,15 +53,25 @@ def read(state: Path) -> Journal | None:
     if not path.exists():
         return None
     try:
-        found = from_json(Journal, files.read_json(path))
-        if found.version != VERSION or found.phase not in (PREPARED, COMMITTED):
+        found = from_json(Journal, json.loads(path.read_text()))
+        known = found.version == VERSION and found.phase in (PREPARED, COMMITTED)
+        if not known or not all(_is_ours(*pair) for pair in found.files.items()):
             raise ValueError
-    except (KeyError, ValueError, TypeError, AttributeError):
+    except (OSError, KeyError, ValueError, TypeError, AttributeError):
         raise RavectlError(
             f"{path} is damaged, and a change of the secrets was under way",
-            f"keep the old secrets: rm -r '{folder(state)}'; then: ravectl secrets deliver",
+            f"keep the old secrets: rm -r '{folder(state)}'; then, for each machine that runs: "
+            "ravectl down; ravectl up",
         ) from None
     return found
+
+
+def _is_ours(source: str, target: str) -> bool:
+    """Whether a file may take a place: only what waits here, and only where secrets are kept."""
+    instance = r"\.rave/instances/[a-z0-9-]{1,32}/secrets\.yaml"
+    places = rf"secrets\.yaml|\.sops\.yaml|\.rave/ssh/id_ed25519|{instance}"
+    waits = re.fullmatch(r"\.rave/rotation/[a-z0-9_.-]+", source)
+    return bool(waits and re.fullmatch(places, target))
 
 
 def write(state: Path, journal: Journal) -> Journal:
@@ -79,10 +90,12 @@ def settle(root: Path, state: Path) -> None:
     found = read(state)
     if found is None or found.phase != COMMITTED:
         return
-    for source, target in found.files.items():
+    # without those whose machine was thrown away meanwhile
+    there = {s: t for s, t in found.files.items() if (root / t).parent.is_dir()}
+    for source, target in there.items():
         if (root / source).exists():
-            os.replace(root / source, root / target)  # noqa: PTH105 - both names are ours
-    _sync({(root / t).parent for t in found.files.values()})
+            (root / source).replace(root / target)
+    _sync({(root / t).parent for t in there.values()})
 
 
 def _sync(folders: set[Path]) -> None:
@@ -113,11 +126,12 @@ def history(state: Path) -> list[dict[str, Any]]:
     """The audit log, oldest first; a line that was cut short is left out."""
     path = state / AUDIT
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    text = path.read_text(errors="replace") if path.exists() else ""
+    for line in text.splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        if isinstance(row, dict):
+        if isinstance(row, dict) and isinstance(row.get("names", []), list):
             rows.append(row)
     return rows

@@ -19,6 +19,7 @@ from ravectl import (
     files,
     health,
     images,
+    journal,
     kvm,
     qemu,
     qmp,
@@ -94,6 +95,7 @@ def up(
     with instance.lock():
         if instance.state() is InstanceState.RUNNING:
             record = instance.require_record()
+            _learn_host_key(instance, identity)
             return Started(instance, True, record.accelerator, 0.0, 0.0)
         command.find_tool(qemu.PROGRAM, "install it: apt-get install qemu-system-x86")
         kept = instance.record
@@ -112,6 +114,14 @@ def up(
                 ) from None
             console.note(f"KVM stopped the machine ({e}); once more, emulated (TCG)")
             return _start(instance, image, opener, Accelerator.TCG, deadline, keep_failed)
+
+
+def _learn_host_key(instance: Instance, identity: sops.Identity | None) -> None:
+    """Pin the host key that a running machine was given, unless a change of it is under way."""
+    if journal.read(instance.workspace.state) is None:
+        opener = identity or sops.find_identity(usual=instance.workspace.identity_file)
+        own = vault.read(instance.places.machine(instance.folder), opener)
+        instance.pin(credentials.ssh_public(own.values["ssh/host-key"]))
 
 
 def choose_accelerator() -> Accelerator:
@@ -240,7 +250,7 @@ class _Guard:
 def _handed_over(
     instance: Instance, plan: Plan, identity: sops.Identity
 ) -> Iterator[dict[str, Path]]:
-    """What the machine gets at its start, as files that are gone when QEMU has read them.
+    """What the machine gets at its start, as files in memory, gone when QEMU has read them.
 
     Nobody changes secrets meanwhile: a rotation either comes before, or finds the machine
     running.
@@ -248,8 +258,8 @@ def _handed_over(
     workspace = instance.workspace
     shared = vault.ensure(workspace, plan.secrets, identity)
     machine = vault.ensure_machine(workspace, instance.folder, plan, shared, identity)
-    folder = files.make_private_dir(instance.folder / "handed-over")
-    with files.lock(instance.places.lock, "the workspace's secrets", wait=True):
+    lock = files.lock(instance.places.lock, "the workspace's secrets", wait=True)
+    with lock, files.in_memory() as folder:
         shared = vault.read(instance.places.shared, identity)
         machine = vault.read(instance.places.machine(instance.folder), identity)
         private, recipient = sops.new_identity()
@@ -259,12 +269,9 @@ def _handed_over(
         handed["bundle"] = vault.bundle(plan, values, serial, recipient)
         instance.pin(credentials.ssh_public(machine.values["ssh/host-key"]))
         instance.update(serial=serial, recipient=recipient)
-        try:
-            for name, content in handed.items():
-                files.write_atomic(folder / name, content, files.PRIVATE_FILE)
-            yield {name: folder / name for name in handed}
-        finally:
-            files.remove_tree(folder)
+        for name, content in handed.items():
+            files.write_atomic(folder / name, content, files.PRIVATE_FILE)
+        yield {name: folder / name for name in handed}
 
 
 @contextlib.contextmanager

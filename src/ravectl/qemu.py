@@ -52,7 +52,7 @@ def arguments(launch: Launch) -> list[str]:
         "-name", f"rave-{launch.name}",
         "-uuid", launch.uuid,
         "-no-user-config", "-nodefaults", "-display", "none",
-        "-machine", "pc,usb=off,vmport=off,i8042=off",
+        "-machine", "pc,usb=off,vmport=off,i8042=off,dump-guest-core=off",
         *_accelerator(launch.accelerator),
         "-smp", str(launch.cpus),
         "-m", str(launch.memory_mb),

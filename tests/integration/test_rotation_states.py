@@ -271,7 +271,7 @@ class Rotations(RuleBasedStateMachine):
         with lifecycle._handed_over(instance, PLAN, self.identity) as given:
             for credential, path in given.items():
                 shutil.copy(path, machine.given / f"rave.{credential}")
-        assert not (instance.folder / "handed-over").exists()
+        assert not list(Path(f"/dev/shm/ravectl-{os.geteuid()}").iterdir())
         machine.boot()
 
     @rule(name=st.sampled_from(("one", "two")))
@@ -293,7 +293,7 @@ class Rotations(RuleBasedStateMachine):
     @rule(names=st.sets(st.sampled_from(ROTATABLE), min_size=1), reboot=st.booleans())
     def rotate_names(self, names: set[str], reboot: bool) -> None:
         before = self.values()
-        rotate.rotate(self.space, self.identity, sorted(names))
+        rotate.rotate(self.space, self.identity, rotate.Asked(tuple(sorted(names)), grace=False))
         self.assert_changed(before, names)
         if reboot:
             self.guests_reboot_by_themselves()
@@ -314,7 +314,9 @@ class Rotations(RuleBasedStateMachine):
             machine.refusing = times
         failed = False
         try:
-            rotate.rotate(self.space, self.identity, sorted(names))
+            rotate.rotate(
+                self.space, self.identity, rotate.Asked(tuple(sorted(names)), grace=False)
+            )
         except RavectlError:
             failed = True
         for machine in self.machines.values():
@@ -345,6 +347,11 @@ class Rotations(RuleBasedStateMachine):
             assert (self.values() != before) is kept
 
     def dying_at(self, step: str, names: set[str]) -> None:
+        asked = rotate.Asked(tuple(sorted(names)), grace=False)
+        self.dying(step, lambda: rotate.rotate(self.space, self.identity, asked))
+
+    def dying(self, step: str, action: Callable[[], object]) -> None:
+        """Do something in a process that is killed when it comes to a step."""
         pid = os.fork()
         if pid == 0:
 
@@ -354,7 +361,7 @@ class Rotations(RuleBasedStateMachine):
 
             self.on_step = die
             with contextlib.suppress(BaseException):
-                rotate.rotate(self.space, self.identity, sorted(names))
+                action()
             os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9, f"{step} was not reached"
 
@@ -383,7 +390,9 @@ class Rotations(RuleBasedStateMachine):
             mock.patch.object(Line, "__init__", remembered),
             contextlib.suppress(RavectlError),
         ):
-            rotate.rotate(self.space, self.identity, sorted(names))
+            rotate.rotate(
+                self.space, self.identity, rotate.Asked(tuple(sorted(names)), grace=False)
+            )
         self.on_step = lambda step: None
 
     def assert_changed(self, before: dict[str, str], names: set[str]) -> None:
@@ -407,6 +416,23 @@ def test_cut_short_at_every_step(what: str) -> None:
                     made.start(machine.name)
             made.cut_short(step, what, {"ccr/api-key", "postgres/exporter-password"})
             made.host_and_guests_agree()
+    finally:
+        made.teardown()
+
+
+@pytest.mark.parametrize("step", ["staged again", "activated again", "applied again"])
+def test_the_ending_of_a_change_is_cut_short_too(step: str) -> None:
+    """Committed, then the machine reboots with the old values; then what brings the new dies."""
+    made = Rotations()
+    try:
+        made.init()
+        made.dying_at("committed", {"ccr/api-key", "postgres/exporter-password"})
+        made.guests_reboot_by_themselves()
+        made.dying(step, lambda: rotate.recover(made.space, made.identity))
+        rotate.recover(made.space, made.identity)
+        made.host_and_guests_agree()
+        made.guests_reboot_by_themselves()
+        made.host_and_guests_agree()
     finally:
         made.teardown()
 

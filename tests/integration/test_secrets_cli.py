@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -173,6 +175,77 @@ def test_rotation_says_names_and_keeps_a_log(made: Tool) -> None:
     (row,) = json.loads(made("rotate-secrets", "--history", "--json").stdout)
     assert (row["action"], row["outcome"], row["names"]) == ("rotate", "committed", done["names"])
     assert "nothing to change" in made("rotate-secrets", "--older-than", "1d").stderr
+
+
+def test_identity_and_values_are_rotated_as_the_preview_says(made: Tool) -> None:
+    before = values(made)
+    assert made("rotate-secrets", "--age", "--dry-run").stdout == "age identity\n"
+    made("rotate-secrets", "--age")
+    assert values(made) == before
+
+
+def test_several_keys_of_ours_are_not_thrown_out_together(made: Tool) -> None:
+    ours = sops.Identity(made.workspace / "my.key")
+    other, _ = sops.make_identity(made.workspace / "my.key")
+    made("secrets", "recipients", "--add", other)
+    before = below(made)
+    done = made("rotate-secrets", "--age", code=2)
+    assert "2 recipients have their key in" in done.stderr
+    assert explained(done)
+    assert below(made) == before
+    assert len(ours.recipients()) == 2
+
+
+def test_a_webhook_secret_is_not_rotated_away_under_its_sender(made: Tool) -> None:
+    name = "dispatcher/gitlab-token"
+    made("rotate-secrets", name)
+    assert "(the one before: until 20" in made("secrets", "list").stdout
+    assert "accepted until" in made("rotate-secrets", name, code=2).stderr
+    assert name not in made("rotate-secrets", "--dry-run").stdout.split()
+    made("rotate-secrets", name, "--no-grace")
+    assert "the one before" not in made("secrets", "list").stdout
+
+
+def test_a_recipient_that_was_written_by_hand_is_brought_in(made: Tool, tmp_path: Path) -> None:
+    mate, _ = sops.make_identity(tmp_path / "mate.txt")
+    rules = made.workspace / ".sops.yaml"
+    rules.write_text(rules.read_text().replace("age: ", f"age: {mate},"))
+    finding = made("secrets", "check", code=3).stdout
+    assert f"not for {mate}" in finding
+    assert "ravectl secrets deliver" in finding
+    assert "encrypted anew: secrets.yaml" in made("secrets", "deliver").stderr
+    assert "in order" in made("secrets", "check").stderr
+    assert "nothing to change" in made("secrets", "deliver").stderr
+
+
+def test_what_nobody_declares_can_be_taken_away(made: Tool) -> None:
+    identity = sops.Identity(made.workspace / "my.key")
+    path = made.workspace / "secrets.yaml"
+    held = vault.read(path, identity).with_value("no/reader", GOOD, vault.now())
+    vault.write(path, held, identity.recipients())
+    assert "secrets set no/reader --unset" in made("secrets", "check", code=3).stdout
+    made("secrets", "set", "no/reader", "--unset")
+    assert "in order" in made("secrets", "check").stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_closed_terminal_leaves_no_plain_text(made: Tool, number: signal.Signals) -> None:
+    seen = made.workspace.parent / f"seen-{number.name}"
+    env = editor(made, f'echo "$1" >{seen}; exec sleep 60')
+    running = subprocess.Popen(
+        [sys.executable, "-m", "ravectl", "secrets", "edit"], env={**made.environment, **env},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    end = time.monotonic() + 30
+    while not (seen.exists() and seen.read_text().strip()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    path = Path(seen.read_text().strip())
+    assert path.exists()
+    running.send_signal(number)
+    running.communicate(timeout=30)
+    assert running.returncode == 130
+    assert not path.parent.exists()
 
 
 def test_teammates_come_and_go(made: Tool, tmp_path: Path) -> None:

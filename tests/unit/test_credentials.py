@@ -121,7 +121,7 @@ GOOD = {
     for kind in (
         SecretKind.PASSWORD, SecretKind.SSH_KEY, SecretKind.TLS_KEY, SecretKind.CA_KEY,
     )
-} | {SecretKind.GIVEN: "sk-ant-x"}  # fmt: skip
+} | {SecretKind.GIVEN: "sk-ant-x-y-z"}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", GOOD)

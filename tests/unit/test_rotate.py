@@ -34,10 +34,13 @@ def before() -> Secrets:
     return Secrets(shared, machines, ("age1x",), credentials.new_value(SecretKind.SSH_KEY))
 
 
+UNTIL = {"dispatcher/gitlab-token": "2026-11-24T11:00:00Z"}  # over
+
+
 def chosen(*names: str, **options: object) -> set[str]:
     dates = {"ccr/api-key": "2026-08-01T00:00:00Z", "ingress/password": "2026-11-23T00:00:00Z"}
-    values = {"older_than": None, "ssh": False, "everything": False, "now": NOW, **options}
-    return set(rotate.choose(SECRETS, dates, names, **values))  # type: ignore[arg-type]
+    asked = rotate.Asked(names, **options)  # type: ignore[arg-type]
+    return set(rotate.choose(SECRETS, dates, UNTIL, asked, NOW))
 
 
 def test_without_names_all_that_is_routine() -> None:
@@ -108,6 +111,30 @@ def test_webhook_secrets_overlap_and_the_overlap_ends(before: Secrets) -> None:
     assert not later.shared.until
     for s in SECRETS:
         assert bool(s.grace_hours) == s.name.endswith(("gitlab-token", "github-secret")), s.name
+
+
+def test_what_a_sender_may_still_use_is_not_rotated_again() -> None:
+    name = "dispatcher/gitlab-token"
+
+    def choose(*names: str, **options: bool) -> tuple[str, ...]:
+        asked = rotate.Asked(names, **options)  # type: ignore[arg-type]
+        return rotate.choose(SECRETS, {}, {name: "2026-11-24T13:00:00Z"}, asked, NOW)
+
+    assert set(choose()) == ROUTINE - {name}
+    assert set(choose(grace=False)) == ROUTINE
+    assert choose(name, grace=False) == (name,)
+    with pytest.raises(UsageError, match="accepted until 2026-11-24T13:00:00Z") as caught:
+        choose(name)
+    assert "--no-grace" in caught.value.hint
+
+
+def test_without_grace_the_former_one_is_refused_at_once(before: Secrets) -> None:
+    name = "dispatcher/gitlab-token"
+    once = rotate.rotated(before, [name], SECRETS, PLANS, NOW)
+    twice = rotate.rotated(once, [name], SECRETS, PLANS, NOW, grace=False)
+    assert not twice.shared.previous
+    assert not twice.shared.until
+    assert twice.shared.values[name] != once.shared.values[name]
 
 
 def test_nothing_shows_a_value(before: Secrets) -> None:

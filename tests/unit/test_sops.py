@@ -135,11 +135,13 @@ def test_nobody_to_encrypt_for() -> None:
         sops.encrypt(DOCUMENT, [])
 
 
-def test_an_ssh_key_and_a_plugin_may_be_recipients(tmp_path: Path) -> None:
+def test_a_plugin_may_be_a_recipient_and_an_ssh_key_not(tmp_path: Path) -> None:
     subprocess.run(
         ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "k"], check=True
     )
-    assert sops.recipient_fault((tmp_path / "k.pub").read_text().strip()) is None
+    fault = sops.recipient_fault((tmp_path / "k.pub").read_text().strip())
+    assert fault
+    assert "SSH key" in fault
     assert (
         sops.recipient_fault(
             "age1yubikey1qwt50d05nh5vutpdzmlg5wn80xq5negm4uj9ghv0snvdd3yysf5yw3rhl3t"
@@ -196,8 +198,21 @@ def test_a_key_file_without_a_key(tmp_path: Path) -> None:
     path.write_text("# nothing\n")
     with pytest.raises(RavectlError, match="holds no age identity"):
         Identity(path).recipients()
-    path.write_text("# public key: age1hardware\nAGE-PLUGIN-X-1AAAA\n")
+    path.write_text("# public key: age1gone\n\n# public key: age1hardware\nAGE-PLUGIN-X-1AAAA\n")
     assert Identity(path).recipients() == ("age1hardware",)
+    path.write_text("# public key: age1gone\n")
+    with pytest.raises(RavectlError, match="holds no age identity"):
+        Identity(path).recipients()
+
+
+def test_an_identity_is_taken_back_and_what_came_meanwhile_stays(tmp_path: Path) -> None:
+    path = tmp_path / "keys.txt"
+    one, _ = sops.make_identity(path)
+    two, text = sops.make_identity(path)
+    three, _ = sops.make_identity(path)
+    sops.forget_identity(path, two, text)
+    assert Identity(path).recipients() == (one, three)
+    assert two not in path.read_text()
 
 
 def test_values_are_never_arguments(

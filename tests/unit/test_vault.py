@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import os
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ravectl import audit, credentials, files, journal, sops, vault
+from ravectl import audit, credentials, files, journal, rotate, sops, vault
 from ravectl.errors import HostError, RavectlError, UsageError
 from ravectl.model import SecretKind, SecretScope
 from ravectl.plan import SECRETS
@@ -94,12 +95,50 @@ def test_a_team_and_a_machine_of_ci_can_open_it(
     assert vault.read(places.shared, inline) == opened[0]
 
 
-@pytest.mark.parametrize("name", ["secrets.yaml", ".sops.yaml"])
-def test_nothing_is_overwritten(space: Workspace, identity: Identity, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("secrets.yaml", "init overwrites nothing"), (".sops.yaml", "is no configuration of sops")],
+)
+def test_nothing_is_overwritten(space: Workspace, identity: Identity, name: str, said: str) -> None:
     (space.root / name).write_text("mine")
-    with pytest.raises(UsageError, match="init overwrites nothing"):
+    with pytest.raises(UsageError, match=said):
         vault.init(space, SECRETS, identity)
     assert below(space.root.parent) == {f"space/{name}": b"mine"}
+
+
+def test_what_init_could_not_end_it_ends_the_next_time(
+    space: Workspace, identity: Identity
+) -> None:
+    """Also beside rules of the person's own."""
+    (space.root / ".sops.yaml").write_text("creation_rules:\n- {path_regex: o, age: age1other}\n")
+    vault.init(space, SECRETS, identity)
+    (space.root / "secrets.yaml").unlink()
+    with pytest.raises(RavectlError, match="there is no") as caught:
+        vault.ensure(space, SECRETS, identity)
+    assert "git checkout -- secrets.yaml" in caught.value.hint
+    assert "ravectl init" in caught.value.hint
+    vault.init(space, SECRETS, identity)
+    assert "age1other" in (space.root / ".sops.yaml").read_text()
+    assert vault.ensure(space, SECRETS, identity).values
+
+
+def test_a_state_folder_that_came_from_elsewhere_is_refused(
+    space: Workspace, identity: Identity
+) -> None:
+    """A checkout makes folders that others may enter; what is in it decides nothing."""
+    victim = space.root.parent / "victim"
+    victim.write_text("mine")
+    (space.state / "rotation").mkdir(parents=True, mode=0o755)
+    (space.state / "rotation" / "payload").write_text("theirs")
+    for action in (
+        lambda: vault.ensure(space, SECRETS, identity),
+        lambda: rotate.recover(space, identity),
+        lambda: vault.init(space, SECRETS, identity),
+    ):
+        with pytest.raises(HostError, match="is not private to you") as caught:
+            action()
+        assert caught.value.hint
+    assert victim.read_text() == "mine"
 
 
 def test_a_bad_recipient_leaves_nothing_behind(space: Workspace, identity: Identity) -> None:
@@ -207,10 +246,10 @@ def test_rules_of_others_stay(made: Places) -> None:
 def journal_of(space: Workspace, phase: str) -> journal.Journal:
     files.make_private_dir(journal.folder(space.state))
     (journal.folder(space.state) / "new").write_text("new")
-    (space.root / "old").write_text("old")
+    (space.root / "secrets.yaml").write_text("old")
     written = journal.Journal(
         version=1, id="x", action="rotate", who="me", started=1.0, phase=phase, names=("a",),
-        files={".rave/rotation/new": "old"}, serials={"one": 5}, changed={"one": ("a",)},
+        files={".rave/rotation/new": "secrets.yaml"}, serials={"one": 5}, changed={"one": ("a",)},
     )  # fmt: skip
     return journal.write(space.state, written)
 
@@ -219,11 +258,11 @@ def test_files_take_their_places_only_when_committed(space: Workspace) -> None:
     prepared = journal_of(space, journal.PREPARED)
     assert journal.read(space.state) == prepared
     journal.settle(space.root, space.state)
-    assert (space.root / "old").read_text() == "old"
+    assert (space.root / "secrets.yaml").read_text() == "old"
     journal.commit(space.state, prepared)
     for _ in range(2):  # a second time, after a crash in the middle of the first
         journal.settle(space.root, space.state)
-        assert (space.root / "old").read_text() == "new"
+        assert (space.root / "secrets.yaml").read_text() == "new"
     journal.close(space.state)
     assert journal.read(space.state) is None
     assert not journal.folder(space.state).exists()
@@ -233,9 +272,34 @@ def test_files_take_their_places_only_when_committed(space: Workspace) -> None:
 def test_a_damaged_journal_is_told(space: Workspace, text: str) -> None:
     journal_of(space, journal.PREPARED)
     (journal.folder(space.state) / journal.FILE).write_text(text)
-    with pytest.raises(RavectlError, match=r"cannot be read|is damaged") as caught:
+    with pytest.raises(RavectlError, match="is damaged") as caught:
         journal.read(space.state)
-    assert caught.value.hint
+    assert "ravectl down; ravectl up" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [(".rave/rotation/new", "../victim"), (".rave/rotation/new", "/etc/passwd"),
+     (".rave/rotation/new", ".rave/instances/../../x/secrets.yaml"),
+     (".rave/rotation/../ssh/id_ed25519", "secrets.yaml"), ("secrets.yaml", ".sops.yaml"),
+     (".rave/rotation/new", ".git/config")],
+)  # fmt: skip
+def test_a_journal_moves_nothing_but_what_is_ours(
+    space: Workspace, source: str, target: str
+) -> None:
+    written = journal_of(space, journal.COMMITTED)
+    journal.write(space.state, dataclasses.replace(written, files={source: target}))
+    with pytest.raises(RavectlError, match="is damaged"):
+        journal.settle(space.root, space.state)
+
+
+def test_a_machine_that_was_thrown_away_holds_nothing_up(space: Workspace) -> None:
+    written = journal_of(space, journal.COMMITTED)
+    more = {**written.files, ".rave/rotation/gone.yaml": ".rave/instances/gone/secrets.yaml"}
+    (journal.folder(space.state) / "gone.yaml").write_text("x")
+    journal.write(space.state, dataclasses.replace(written, files=more))
+    journal.settle(space.root, space.state)
+    assert (space.root / "secrets.yaml").read_text() == "new"
 
 
 def test_the_audit_log_survives_a_line_cut_short(space: Workspace) -> None:
@@ -243,8 +307,8 @@ def test_the_audit_log_survives_a_line_cut_short(space: Workspace) -> None:
     journal.log(space.state, {"action": "one"})
     path = space.state / journal.AUDIT
     assert path.stat().st_mode & 0o777 == 0o600
-    with path.open("a") as f:
-        f.write('{"action": "tw')
+    with path.open("ab") as f:
+        f.write(b'5\n{"names": null}\n\xff\n{"action": "tw')
     assert journal.history(space.state) == [{"action": "one"}]
 
 

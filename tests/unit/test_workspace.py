@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -111,7 +112,6 @@ def test_preparing_again_keeps_everything(tmp_path: Path) -> None:
     found = Workspace(tmp_path).prepare()
     (found.state / ".gitignore").write_text("*\n!shared\n")
     (found.state / "kept").touch()
-    found.state.chmod(0o755)
     found.prepare()
     assert (found.state / ".gitignore").read_text() == "*\n!shared\n"
     assert (found.state / "kept").exists()
@@ -120,8 +120,38 @@ def test_preparing_again_keeps_everything(tmp_path: Path) -> None:
 
 def test_a_state_that_cannot_be_made_is_the_hosts_fault(tmp_path: Path) -> None:
     (tmp_path / ".rave").touch()
-    with pytest.raises(HostError, match="cannot write"):
+    with pytest.raises(HostError, match="is not private"):
         Workspace(tmp_path).prepare()
+
+
+@pytest.mark.parametrize("make", [
+    lambda p: p.mkdir(mode=0o755),
+    lambda p: (p.with_name("elsewhere").mkdir(mode=0o700), p.symlink_to("elsewhere")),
+])  # fmt: skip
+def test_a_state_that_was_not_made_here_is_refused(
+    tmp_path: Path, make: Callable[[Path], object]
+) -> None:
+    make(tmp_path / ".rave")
+    with pytest.raises(HostError, match="is not private") as caught:
+        Workspace(tmp_path).prepare()
+    assert "chmod 700" in caught.value.hint
+
+
+def test_a_private_file_in_the_workspace_is_kept_from_git(tmp_path: Path) -> None:
+    space = Workspace(tmp_path)
+    (tmp_path / ".gitignore").write_text("build")
+    for path in (tmp_path / "my.key", tmp_path / "my.key", tmp_path.parent / "far.key"):
+        space.keep_from_git(path)
+    assert (tmp_path / ".gitignore").read_text() == "build\n/my.key\n"
+
+
+def test_an_identity_in_the_workspace_moves_with_it(tmp_path: Path) -> None:
+    space = Workspace(tmp_path / "one").prepare()
+    space.remember_identity(space.root / "my.key")
+    space.root.rename(tmp_path / "two")
+    assert Workspace(tmp_path / "two").identity_file == tmp_path / "two" / "my.key"
+    Workspace(tmp_path / "two").remember_identity(Path("/k/far.key"))
+    assert Workspace(tmp_path / "two").identity_file == Path("/k/far.key")
 
 
 @pytest.mark.parametrize("name", ["a", "0", "main", "a-b", "a--b", "x" * 32])

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from benchmarks import rotation
 
-from ravectl import delivery, journal, lifecycle, rotate, sops, vault
+from ravectl import credentials, delivery, journal, lifecycle, rotate, sops, vault
+from ravectl.model import SecretKind
 from tests.conftest import Tool
 
 pytestmark = pytest.mark.vm
@@ -205,7 +206,7 @@ def test_a_full_tmpfs_changes_nothing(running: Tool) -> None:
 
 def test_everything_is_rotated_and_the_old_is_refused(running: Tool) -> None:
     before = values(running)
-    done = json.loads(running("rotate-secrets", "--all", "--ssh", "--json").stdout)
+    done = json.loads(running("rotate-secrets", "--all", "--ssh", "--no-grace", "--json").stdout)
     after = values(running)
     changed = {n for n in after if after[n] != before[n]}
     assert set(done["names"]) == changed | {"ssh/operator-key"}
@@ -217,6 +218,41 @@ def test_everything_is_rotated_and_the_old_is_refused(running: Tool) -> None:
     text = (running.workspace / ".rave" / "audit.jsonl").read_text()
     assert not [n for n, v in {**before, **after}.items() if v in text]
     assert running("ssh", "--", "true").returncode == 0
+
+
+ROUTER_CONFIG = "/run/claude-code-router/.claude-code-router/config.json"
+
+
+def test_what_brings_no_new_value_is_brought_too(running: Tool) -> None:
+    """A pulled file, a key, a certificate, a value taken away: nothing to look for afterwards."""
+    found, identity = running.instance(), sops.find_identity()
+    shared = vault.read(found.places.shared, identity)
+    pulled = shared.with_value(
+        "ccr/api-key", credentials.new_value(SecretKind.PASSWORD), vault.now()
+    )
+    vault.write(found.places.shared, pulled, found.places.recipients())
+    rows = json.loads(running("secrets", "diff", "--json").stdout)
+    assert [r["path"] for r in rows if r["change"] != "same"] == ["/run/secrets/ccr/api-key"]
+    assert "brought to: default" in running("secrets", "deliver").stderr
+    running("rotate-secrets", "ssh/operator-key")
+    running("rotate-secrets", "ingress/tls-cert")
+    given = 'sk-ant-"quoted"\\given'
+    running("secrets", "set", "agents/anthropic-api-key", stdin=given)
+    config = json.loads(running("exec", "--", "sudo", "cat", ROUTER_CONFIG).stdout)
+    assert {p["api_key"] for p in config["Providers"]} == {given}
+    running("secrets", "set", "agents/anthropic-api-key", "--unset")
+    assert given not in running("exec", "--", "sudo", "cat", ROUTER_CONFIG).stdout
+    assert_agreement(running)
+
+
+@pytest.mark.parametrize("text", [b"", b"garbage\n", b"\xff\xfe"])
+def test_pins_that_are_damaged_are_learnt_again(running: Tool, text: bytes) -> None:
+    (running.instance().folder / "ssh_host_keys.pub").write_bytes(text)
+    done = running("exec", "--", "true", code=1)
+    assert "is not known" in done.stderr
+    assert "fix: ravectl up learns it" in done.stderr
+    running("up")
+    running("exec", "--", "true")
 
 
 def test_a_stopped_machine_gets_it_at_its_next_start(running: Tool) -> None:
@@ -379,7 +415,10 @@ def test_verify_finds_a_leaked_value(running: Tool) -> None:
 
 
 def test_requests_are_not_lost_while_everything_is_rotated(running: Tool) -> None:
+    # so that webhooks are rotated, too, whatever was done before
+    running("rotate-secrets", "dispatcher/gitlab-token", "dispatcher/github-secret", "--no-grace")
     figures: dict[str, Any] = rotation.measure(running.workspace, os.environ | running.environment)
     assert figures["sent"] > 100
     assert figures["lost"] == 0, figures
+    assert figures["webhooks"] > 50
     assert_agreement(running)

@@ -7,6 +7,8 @@ does not wait for pydantic or paramiko.
 from __future__ import annotations
 
 import os
+import resource
+import signal
 import sys
 import traceback
 from typing import Annotated
@@ -71,6 +73,7 @@ def root(
 
 def main() -> None:
     """Run the command line; the one place where errors become exit codes."""
+    _protect()
     try:
         app()
     except RavectlError as e:
@@ -88,6 +91,20 @@ def main() -> None:
         if console.is_verbose():
             traceback.print_exc()
         sys.exit(EXIT_FAILED)
+
+
+def _protect() -> None:
+    """No core of us, QEMU or sops on a disk; a closed terminal ends us in order, as Ctrl-C does."""
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        # nohup has it ignored
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _interrupted)
+
+
+def _interrupted(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _defect(e: Exception) -> RavectlError:

@@ -287,6 +287,10 @@ def rotate_secrets(
     age: Annotated[
         bool, typer.Option("--age", help="Your age identity and the files' data keys.")
     ] = False,
+    grace: Annotated[
+        bool,
+        typer.Option("--grace/--no-grace", help="Accept a webhook's secret of before for 24 h."),
+    ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be.")] = False,
     history: Annotated[bool, typer.Option("--history", help="Show past changes instead.")] = False,
     as_json: options.AsJson = False,
@@ -304,10 +308,13 @@ def rotate_secrets(
     wanted = list(names or ())
     if everything and wanted:
         raise UsageError("--all and names contradict each other", "give one of them")
+    asked = rotate.Asked(tuple(wanted), limit, ssh, everything, grace)
+    # --age alone is the identity alone
+    values_too = bool(wanted or everything or ssh or limit is not None or not age)
     if dry_run:
-        chosen = rotate.preview(
-            space, opener, wanted, older_than=limit, ssh=ssh, everything=everything
-        )
+        chosen: tuple[str, ...] = ()
+        if values_too:
+            chosen = rotate.preview(space, opener, asked)
         for name in (*chosen, *(["age identity"] if age else [])):
             print(name)
         return
@@ -318,11 +325,9 @@ def rotate_secrets(
             f"files are encrypted for {recipient} now; the identity before is still in "
             f"{opener.where}, take it out when nothing else needs it"
         )
-    if wanted or everything or ssh or limit is not None or not age:
+    if values_too:
         with console.step("rotating secrets"):
-            done = rotate.rotate(
-                space, opener, wanted, older_than=limit, ssh=ssh, everything=everything
-            )
+            done = rotate.rotate(space, opener, asked)
         _say(done)
     if as_json:
         options.print_json(
@@ -332,9 +337,11 @@ def rotate_secrets(
 
 
 def _say(done: Done) -> None:
-    if not done.names and not done.machines:
+    if not done.files and not done.machines:
         console.note("nothing to change")
         return
+    if not done.names and done.files:
+        console.note(f"encrypted anew: {', '.join(done.files)}")
     for name in done.names:
         console.note(f"  {name}")
     where = ", ".join(done.machines) or "no running machine"

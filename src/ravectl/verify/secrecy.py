@@ -7,6 +7,7 @@ travel by standard input, and answers name places and secrets, never values.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
 import shlex
@@ -47,9 +48,7 @@ cd /
 umask 077
 patterns=/run/secrets.d/.looked-for
 trap 'rm -f "$patterns"' EXIT
-cat >"$patterns" <<'VALUES'
-%(values)s
-VALUES
+base64 -d >"$patterns" <<<'%(values)s'
 echo '== places =='
 grep -laFf "$patterns" /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2>/dev/null
 journalctl --quiet --no-pager --output=cat | grep -qaFf "$patterns" && echo 'the journal'
@@ -61,10 +60,12 @@ DISK, IMAGE = "the machine's disk", "the image"
 
 def _collect(target: VerifyTarget, deadline: float) -> str:
     hidden = {name: core(value) for name, value in target.hidden.items()}
-    values = {"files": FILES, "values": "\n".join(sorted(set(hidden.values())))}
+    # in base64, so that no value can be anything to the shell
+    values = base64.b64encode(_patterns(hidden)).decode()
+    script = SCRIPT % {"files": FILES, "values": values}
     output, disk = at_once(
         [
-            lambda: guest.run_script(target, SCRIPT % values, deadline, root=True),
+            lambda: guest.run_script(target, script, deadline, root=True),
             lambda: _on_disk(target, hidden),
         ]
     )
@@ -80,14 +81,19 @@ def _on_disk(target: VerifyTarget, hidden: Mapping[str, str]) -> str:
     """Which values this host finds in the machine's disk."""
     if not target.disks:
         return "not looked at\n"
-    every = "\n".join(sorted(set(hidden.values()))).encode()
+    every = _patterns(hidden)
     seen = ""
     for what, disk in target.disks.items():
         # most often none is there, and one reading says so
         if _found(disk, every):
-            names = [n for n, v in sorted(hidden.items()) if _found(disk, v.encode())]
+            names = [n for n, v in sorted(hidden.items()) if _found(disk, f"{v}\n".encode())]
             seen += "".join(f"{name} is on {what}\n" for name in names)
     return seen or "nothing\n"
+
+
+def _patterns(hidden: Mapping[str, str]) -> bytes:
+    """A line for each value; nothing for none, because grep finds an empty line everywhere."""
+    return "".join(f"{v}\n" for v in sorted(set(hidden.values())) if v).encode()
 
 
 def _found(disk: Path, patterns: bytes) -> bool:
