@@ -167,6 +167,7 @@ class Rotations(RuleBasedStateMachine):
         helper.write_text(rendered(PLAN).file("usr/lib/rave/secrets").content)
         self.space = Workspace(self.root / "space")
         self.space.root.mkdir()
+        self.space.prepare()
         self.identity = sops.Identity(self.root / "keys.txt")
         self.machines: dict[str, StandInMachine] = {}
         for name in ("one", "two"):
