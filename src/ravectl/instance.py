@@ -194,7 +194,7 @@ class Instance:
         """Let these public host keys answer, and no other."""
         text = "".join(f"{key}\n" for key in dict.fromkeys(keys))
         path = self.folder / PINS_FILE
-        if not path.exists() or path.read_text() != text:
+        if not path.exists() or path.read_bytes() != text.encode():
             files.write_atomic(path, text, files.PRIVATE_FILE)
 
     def next_operator_key(self) -> Path | None:
