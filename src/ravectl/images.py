@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ravectl import console, files, model, vault
-from ravectl.engines import debian
+from ravectl.engines import debian, nix
 from ravectl.errors import RavectlError
 from ravectl.model import EngineName, Image, ImageFormat, Plan, RenderedTree
 from ravectl.render import render, write_tree
@@ -54,6 +54,31 @@ def render_debian(plan: Plan) -> RenderedTree:
         required=vault.required(plan),
         bundle_magic=vault.MAGIC,
     )
+
+
+def render_nixos(plans: tuple[Plan, ...], flake_lock: str | None = None) -> RenderedTree:
+    """The flake of these Plans: a machine for each, by its host name.
+
+    `flake_lock` is the text of a flake.lock that takes the place of the one we ship.
+    """
+    folder = files.find_data("templates") / "nixos"
+    found = []
+    for f in render(
+        folder, plans[0], manifest="flake.yaml", plans=plans, formats=nix.FORMATS
+    ).files:
+        pinned = f.path == nix.LOCK_FILE and flake_lock is not None
+        found.append(replace(f, content=flake_lock) if pinned else f)
+    for plan in plans:
+        machine = render(
+            folder,
+            plan,
+            manifest="machine.yaml",
+            required=vault.required(plan),
+            bundle_magic=vault.MAGIC,
+            made=nix.TEST_VALUES,
+        )
+        found += [replace(f, path=f"modules/{plan.hostname}/{f.path}") for f in machine.files]
+    return RenderedTree(tuple(sorted(found, key=lambda f: f.path)))
 
 
 def resolve_debian(

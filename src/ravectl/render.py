@@ -1,13 +1,15 @@
 """Plan -> RenderedTree: Jinja templates to files, the same bytes for the same Plan.
 
 Templates see the Plan and a few pure filters, nothing of the host and no clock. An undefined
-name is an error (StrictUndefined). A template folder's `tree.yaml` names each file with its
-mode, so that modes and symlinks are data and not code.
+name is an error (StrictUndefined). A template folder's manifest (`tree.yaml`) names each file
+with its mode, so that modes and symlinks are data and not code.
 """
 
 from __future__ import annotations
 
+import json
 import posixpath
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,13 @@ from ravectl.errors import RavectlError
 from ravectl.model import SSH_ANNOUNCEMENT, Plan, RenderedFile, RenderedTree
 
 
-def render(folder: Path, plan: Plan, **extra: object) -> RenderedTree:
-    """Render every entry of `folder`/tree.yaml.
+def render(
+    folder: Path, plan: Plan, *, manifest: str = "tree.yaml", **extra: object
+) -> RenderedTree:
+    """Render every entry of `folder`/`manifest`.
 
-    `extra` are more names for the templates (the engine's own constants). Raises RavectlError
-    naming the template and line when one is wrong.
+    Templates know the engine by the folder's name; `extra` are more names for them (the
+    engine's own constants). Raises RavectlError naming the template and line when one is wrong.
     """
     # autoescape is for HTML; here configuration files are made and to_json/quote do the quoting
     environment = jinja2.Environment(  # noqa: S701
@@ -34,8 +38,11 @@ def render(folder: Path, plan: Plan, **extra: object) -> RenderedTree:
     )
     environment.filters["dirname"] = posixpath.dirname
     environment.filters["umask"] = _umask
-    names = {"plan": plan, "ssh_announcement": SSH_ANNOUNCEMENT, **extra}
-    entries: dict[str, Any] = yaml.safe_load((folder / "tree.yaml").read_text())
+    environment.filters["nix"] = to_nix
+    names = {
+        "plan": plan, "engine": folder.name, "ssh_announcement": SSH_ANNOUNCEMENT, **extra,
+    }  # fmt: skip
+    entries: dict[str, Any] = yaml.safe_load((folder / manifest).read_text())
     files = [_file(environment, path, entry or {}, names) for path, entry in entries.items()]
     return RenderedTree(tuple(sorted(files, key=lambda f: f.path)))
 
@@ -61,6 +68,21 @@ def _file(
 def _umask(mode: str) -> str:
     """The umask under which a new file has the octal `mode`."""
     return f"{0o666 & ~int(mode, 8):03o}"
+
+
+def to_nix(value: object) -> str:
+    """A value as a Nix expression that may stand anywhere: as an argument, too."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int):
+        return str(value) if value >= 0 else f"({value})"
+    if isinstance(value, Mapping):
+        bindings = "".join(f" {to_nix(str(k))} = {to_nix(v)};" for k, v in value.items())
+        return f"{{{bindings} }}"
+    if isinstance(value, tuple | list):
+        return f"[{''.join(f' {to_nix(v)}' for v in value)} ]"
+    # JSON's escapes are Nix's, but for the ones of control characters, which no Plan has
+    return json.dumps(str(value), ensure_ascii=False).replace("${", "\\${")
 
 
 def write_tree(tree: RenderedTree, root: Path) -> None:
