@@ -66,8 +66,9 @@ def render_nixos(plans: tuple[Plan, ...], flake_lock: str | None = None) -> Rend
     for f in render(
         folder, plans[0], manifest="flake.yaml", plans=plans, formats=nix.FORMATS
     ).files:
-        pinned = f.path == nix.LOCK_FILE and flake_lock is not None
-        found.append(replace(f, content=flake_lock) if pinned else f)
+        if f.path == nix.LOCK_FILE and flake_lock is not None:
+            f = replace(f, content=flake_lock)
+        found.append(f)
     for plan in plans:
         machine = render(
             folder,

@@ -1,0 +1,77 @@
+# Packages that this host's own programs build: no compiler, no download, a second at most.
+let
+  lib = import ./lib.nix;
+  runCommand =
+    name: env: script:
+    derivation (
+      removeAttrs env [ "nativeBuildInputs" ]
+      // {
+        inherit name;
+        system = "x86_64-linux";
+        builder = "/bin/sh";
+        args = [
+          "-euc"
+          script
+        ];
+        PATH = "/usr/bin:/bin:/usr/sbin:/sbin";
+      }
+    );
+  package =
+    name:
+    runCommand name { } ''
+      mkdir -p $out/bin
+      printf '#!/bin/sh\necho stand-in for ${name}\n' >$out/bin/${name}
+      chmod +x $out/bin/${name}
+    ''
+    // {
+      meta.mainProgram = name;
+    };
+  # every package that the rendered flake may name: one that is not here is a mistake, or new
+  packages = lib.genAttrs [
+    "age"
+    "apacheHttpd"
+    "claude-code-router"
+    "coreutils"
+    "curl"
+    "findutils"
+    "git"
+    "jq"
+    "nixfmt"
+    "nixfmt-tree"
+    "openssh"
+    "openssl"
+    "postgresql_17"
+    "qemu"
+    "qemu-utils"
+    "shadow"
+    "sops"
+    "vibe-kanban"
+    "yq-go"
+  ] package;
+  pkgs = packages // {
+    inherit lib runCommand;
+    path = ./.;
+    callPackage = file: args: import file ({ inherit pkgs; } // args);
+    writeText = name: text: runCommand name { inherit text; } ''printf %s "$text" >$out'';
+    writeShellScript =
+      name: text:
+      runCommand name { inherit text; } ''
+        printf '#!/bin/bash\n%s\n' "$text" >$out
+        chmod +x $out
+      '';
+    closureInfo =
+      { rootPaths }:
+      runCommand "closure-info" { inherit rootPaths; } ''
+        mkdir $out
+        printf '%s\n' $rootPaths >$out/store-paths
+      '';
+    mkShellNoCC = { packages }: runCommand "shell" { inherit packages; } "echo >$out";
+    testers.runNixOSTest =
+      test:
+      let
+        made = test { inherit lib pkgs; };
+      in
+      runCommand "vm-test-run-${made.name}" { inherit (made) testScript; } "echo >$out";
+  };
+in
+pkgs
