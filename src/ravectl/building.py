@@ -6,16 +6,17 @@ import itertools
 import os
 import stat
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ravectl import command, console, files, imagelock, images
-from ravectl.engines import debian
-from ravectl.errors import RavectlError, UsageError
+from ravectl.engines import debian, nix
+from ravectl.errors import HostError, RavectlError, UsageError
 from ravectl.imagelock import LOCK_FILE, Lock
 from ravectl.instance import Instance
-from ravectl.model import EngineName, Image, ImageFormat, Plan
+from ravectl.model import EngineName, Image, ImageFormat, NixSettings, Plan
 from ravectl.plan import ACCOUNTS
+from ravectl.render import write_tree
 from ravectl.workspace import Workspace
 
 CHECK_BYTES = 8 * 2**30  # two bases, two images
@@ -30,6 +31,35 @@ class Request:
     plan: Plan
     format: ImageFormat = ImageFormat.QCOW2
     compress: bool = False
+    engine: EngineName = EngineName.DEBIAN
+    nix: NixSettings = field(default_factory=NixSettings)
+    offline: bool = False
+
+
+def engine_name(name: str) -> EngineName | None:
+    """The engine called `name`, None for "auto"; UsageError names those there are."""
+    known = ["auto", *(e.value for e in EngineName)]
+    if name not in known:
+        raise UsageError(f"there is no engine {name!r}", f"use one of: {', '.join(known)}")
+    return None if name == "auto" else EngineName(name)
+
+
+def choose_engine(asked: EngineName | None, fmt: ImageFormat, settings: NixSettings) -> EngineName:
+    """The engine that makes an image: the one asked for, else nix where it can, else debian.
+
+    Says which and why, when nobody asked. Raises HostError when only nix makes the format and
+    cannot here.
+    """
+    if asked is not None:
+        return asked
+    why = nix.unusable(settings)
+    if why is None:
+        console.note("engine nix: its substituters answer")
+        return EngineName.NIX
+    if not fmt.boots_directly:
+        raise HostError(f"only the nix engine makes {fmt}, and {why}", nix.INSTALL_HINT)
+    console.note(f"engine debian: {why}")
+    return EngineName.DEBIAN
 
 
 def image_format(name: str) -> ImageFormat:
@@ -49,6 +79,14 @@ def build(
     refused instead. `update` takes the mirror's packages of today. Raises RavectlError naming
     what drifted, or what failed; HostError when this host lacks something.
     """
+    if request.compress and request.format is not ImageFormat.QCOW2:
+        raise UsageError("--compress is for the format qcow2", f"leave it out of {request.format}")
+    if request.engine is EngineName.NIX:
+        return _build_nixos(request, workspace, update=update)
+    if not request.format.boots_directly:
+        raise UsageError(
+            f"the debian engine makes no {request.format}", "use --engine nix, which makes it"
+        )
     lock_file = workspace.root / LOCK_FILE
     inputs = _locked(request, lock_file) if locked else _resolve(request, fresh=update)
     image, made = images.ensure_image(inputs)
@@ -56,6 +94,62 @@ def build(
     if not locked and imagelock.write(lock_file, lock_of(inputs.base)):
         console.note(f"{lock_file} names what it is made of")
     return image
+
+
+def _build_nixos(request: Request, workspace: Workspace, *, update: bool) -> Image:
+    if update:
+        lock_inputs(request.plan, workspace, update=True)
+    inputs = resolve_nixos(request, workspace)
+    image, made = images.ensure_image(inputs)
+    console.note(f"image {image.digest} {'is made' if made else 'was there already'}")
+    return image
+
+
+def resolve_nixos(request: Request, workspace: Workspace) -> images.NixInputs:
+    """What an image of the nix engine is made from here."""
+    return images.resolve_nixos(
+        request.plan,
+        request.format,
+        request.nix,
+        compress=request.compress,
+        offline=request.offline,
+        flake_lock=flake_lock(workspace),
+    )
+
+
+def flake_lock(workspace: Workspace) -> str | None:
+    """The workspace's own flake.lock, if it has one; RavectlError when it is damaged."""
+    path = workspace.root / nix.LOCK_FILE
+    if not path.exists():
+        return None
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as e:
+        raise RavectlError(f"cannot read {path}: {e}", f"see to it: ls -l '{path}'") from None
+    nix.pins(text, path)
+    return text
+
+
+def lock_inputs(plan: Plan, workspace: Workspace, *, update: bool) -> tuple[nix.Pin, ...]:
+    """Write the workspace's flake.lock: the one we ship, or (`update`) today's revisions.
+
+    One that is there stays as it is unless it is to be updated. Raises HostError when this host
+    has no fitting Nix to ask.
+    """
+    path = workspace.root / nix.LOCK_FILE
+    known = flake_lock(workspace)
+    tree = images.render_nixos((plan,), known)
+    text = tree.file(nix.LOCK_FILE).content
+    if update:
+        with (
+            nix.written(lambda folder: write_tree(tree, folder)) as flake,
+            console.step("today's revisions"),
+        ):
+            text = nix.updated_lock(flake)
+    found = nix.pins(text, path)
+    if text != known:
+        files.write_atomic(path, text)
+    return found
 
 
 def _resolve(request: Request, *, fresh: bool = False) -> images.Inputs:
@@ -111,12 +205,14 @@ def export(image: Image, output: Path) -> None:
 # --- the same twice? ---------------------------------------------------------------------------
 
 
-def check(request: Request) -> str:
+def check(request: Request, workspace: Workspace) -> str:
     """Build twice from nothing, compare the bits, and return the digest of the disk.
 
     Neither cache nor store is used or changed. Raises RavectlError naming the files in which
     the two differ.
     """
+    if request.engine is EngineName.NIX:
+        return _check_nixos(request, workspace)
     debian.require_root()
     cache = files.make_dir(files.cache_dir())
     files.require_space(cache, CHECK_BYTES, "building twice")
@@ -138,6 +234,14 @@ def check(request: Request) -> str:
             "report it: a build must give the same bits",
             details="\n".join(lines[:MAX_SHOWN]),
         )
+
+
+def _check_nixos(request: Request, workspace: Workspace) -> str:
+    """The same by Nix' own means: it builds the image again and compares."""
+    inputs = resolve_nixos(request, workspace)
+    images.build_nixos(inputs)
+    built = images.build_nixos(inputs, rebuild=True)
+    return files.digest_file(built.disk(request.format))
 
 
 def _build_apart(request: Request, folder: Path) -> tuple[debian.Base, Image]:
@@ -197,6 +301,7 @@ def collect(*, dry_run: bool, everything: bool = False) -> list[tuple[Path, int]
         if not dry_run:
             for path in doomed:
                 files.remove_tree(path)
+            nix.forget_roots(files.cache_dir(), {p.name for p in store.iterdir()})
     return found
 
 

@@ -7,6 +7,7 @@ once, with everything in `redact` blanked.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import queue
@@ -63,18 +64,20 @@ def run(
     on_line: Callable[[str], None] | None = None,
     on_quiet: Callable[[], None] | None = None,
     pass_fds: Sequence[int] = (),
+    keep_lines: int | None = None,
 ) -> Result:
     """Run a command to its end and return what it printed.
 
     `timeout` is in seconds. `on_line` receives each line of stderr as it comes; `on_quiet` is
-    called after each second without one. Either may raise, which ends the command. The command
+    called after each second without one. Either may raise, which ends the command. Of stderr
+    the last `keep_lines` are returned, all by default. The command
     gets a session of its own and dies with this process, even by SIGKILL (PR_SET_PDEATHSIG).
     Raises HostError when the program is missing, RavectlError when it fails and `check` is
     set, DeadlineError when it takes too long; Ctrl-C ends the command before it goes up.
     """
     words = tuple(os.fspath(a) for a in argv)
     process = _start(words, env=env, cwd=cwd, pass_fds=pass_fds)
-    result = _finish(process, words, stdin, timeout, hint, redact, on_line, on_quiet)
+    result = _finish(process, words, stdin, timeout, hint, redact, on_line, on_quiet, keep_lines)
     if check and result.returncode != 0:
         raise failure(result, hint, redact)
     return result
@@ -135,6 +138,7 @@ def _finish(
     redact: Sequence[str],
     on_line: Callable[[str], None] | None,
     on_quiet: Callable[[], None] | None = None,
+    keep_lines: int | None = None,
 ) -> Result:
     """Feed a started command, gather what it prints, and wait for its end."""
     started = time.monotonic()
@@ -147,7 +151,7 @@ def _finish(
     ]
     for t in threads:
         t.start()
-    err: list[str] = []
+    err: collections.deque[str] = collections.deque(maxlen=keep_lines)
     try:
         while True:
             left = started + timeout - time.monotonic()

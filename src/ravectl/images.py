@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ravectl import console, files, model, vault
-from ravectl.engines import debian, nix
+from ravectl.engines import debian, disk, nix
 from ravectl.errors import RavectlError
-from ravectl.model import EngineName, Image, ImageFormat, Plan, RenderedTree
+from ravectl.model import EngineName, Image, ImageFormat, NixSettings, Plan, RenderedTree
 from ravectl.render import render, write_tree
 
 MANIFEST = "image.json"
@@ -24,7 +24,7 @@ IMAGE_BYTES = 3 * 2**30  # of disk while an image is made: raw and converted, me
 
 @dataclass(frozen=True)
 class Inputs:
-    """What an image is made from; its digest is the image's address."""
+    """What a Debian image is made from; its digest is the image's address."""
 
     plan: Plan
     tree: RenderedTree
@@ -39,6 +39,36 @@ class Inputs:
             self.base.key,
             [[p.name, p.version, p.sha256] for p in self.base.packages],
             model.to_json(self.tree),
+            model.to_json(self.plan),
+            [self.format, self.compress],
+        ]
+        return files.digest_value(value)[:16]
+
+
+@dataclass(frozen=True)
+class NixInputs:
+    """What a NixOS image is made from: Plan and flake, whose lock names the rest."""
+
+    plan: Plan
+    tree: RenderedTree
+    format: ImageFormat
+    compress: bool
+    settings: NixSettings  # of the building, not of what is built
+    offline: bool
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits of the SHA-256 of everything that goes into the image."""
+        # the other machines of the flake have no part in this one
+        own = [
+            f
+            for f in self.tree.files
+            if not f.path.startswith("modules/")
+            or f.path.startswith(f"modules/{self.plan.hostname}/")
+        ]
+        value = [
+            EngineName.NIX,
+            model.to_json(own),
             model.to_json(self.plan),
             [self.format, self.compress],
         ]
@@ -62,13 +92,11 @@ def render_nixos(plans: tuple[Plan, ...], flake_lock: str | None = None) -> Rend
     `flake_lock` is the text of a flake.lock that takes the place of the one we ship.
     """
     folder = files.find_data("templates") / "nixos"
-    found = []
-    for f in render(
-        folder, plans[0], manifest="flake.yaml", plans=plans, formats=nix.FORMATS
-    ).files:
-        if f.path == nix.LOCK_FILE and flake_lock is not None:
-            f = replace(f, content=flake_lock)
-        found.append(f)
+    top = render(folder, plans[0], manifest="flake.yaml", plans=plans, formats=nix.FORMATS)
+    found = [
+        replace(f, content=flake_lock) if flake_lock is not None and f.path == nix.LOCK_FILE else f
+        for f in top.files
+    ]
     for plan in plans:
         machine = render(
             folder,
@@ -99,7 +127,20 @@ def resolve_debian(
     return Inputs(plan, tree, base, fmt, compress)
 
 
-def ensure_image(inputs: Inputs) -> tuple[Image, bool]:
+def resolve_nixos(
+    plan: Plan,
+    fmt: ImageFormat,
+    settings: NixSettings,
+    *,
+    compress: bool = False,
+    offline: bool = False,
+    flake_lock: str | None = None,
+) -> NixInputs:
+    """Render the flake of a Plan, with the lock of the workspace if it has one."""
+    return NixInputs(plan, render_nixos((plan,), flake_lock), fmt, compress, settings, offline)
+
+
+def ensure_image(inputs: Inputs | NixInputs) -> tuple[Image, bool]:
     """The image of these inputs and whether it had to be made.
 
     Raises HostError when there is no space, RavectlError when a step fails; then nothing is
@@ -109,7 +150,10 @@ def ensure_image(inputs: Inputs) -> tuple[Image, bool]:
     folder = store / inputs.digest
     if found := _stored(folder):
         return found, False
-    debian.require_root()
+    if isinstance(inputs, Inputs):
+        debian.require_root()
+    else:
+        build_nixos(inputs)  # it may take hours, for which nobody need wait at the store's lock
     with files.lock(store / "lock", "the image store", wait=True):
         if found := _stored(folder):
             return found, False
@@ -138,38 +182,98 @@ def _stored(folder: Path) -> Image | None:
     return found
 
 
-def make_image(inputs: Inputs, target: Path) -> None:
+def make_image(inputs: Inputs | NixInputs, target: Path) -> None:
     """Make the image of these inputs in the new folder `target`."""
     target.mkdir()
-    disk = target / f"disk.{inputs.format}"
+    if isinstance(inputs, Inputs):
+        _make_debian(inputs, target)
+    else:
+        _make_nixos(inputs, target)
+
+
+def _make_debian(inputs: Inputs, target: Path) -> None:
+    image = disk_of(target, inputs.format)
     with files.staging(files.fast_tmp(2 * 2**30), "ravectl-root") as work:
         root = work / "root"
         with console.step("configuration"):
             debian.copy_root(inputs.base.root, root)
             write_tree(inputs.tree, root)
         with console.step("file system"):
-            raw = disk if inputs.format is ImageFormat.RAW else work / "disk.raw"
+            raw = image if inputs.format is ImageFormat.RAW else work / "disk.raw"
             debian.make_filesystem(root, raw, inputs.plan.machine.disk_gb, inputs.plan.hostname)
-        if raw != disk:
+        if raw != image:
             with console.step(f"{inputs.format} disk"):
-                debian.convert(raw, disk, inputs.format, compress=inputs.compress)
+                disk.convert(raw, image, inputs.format, compress=inputs.compress)
     shutil.copy(inputs.base.kernel, target / "vmlinuz")
     shutil.copy(inputs.base.initrd, target / "initrd")
-    files.write_json(target / MANIFEST, _manifest(inputs, target, disk))
+    packages = [[p.name, p.version, p.sha256] for p in inputs.base.packages]
+    _write_manifest(inputs, target, EngineName.DEBIAN, debian.CMDLINE, {"packages": packages})
 
 
-def _manifest(inputs: Inputs, target: Path, disk: Path) -> dict[str, object]:
-    parts = [disk, target / "vmlinuz", target / "initrd"]
-    return {
+def build_nixos(inputs: NixInputs, *, rebuild: bool = False) -> nix.Built:
+    """What Nix makes of these inputs, kept from its garbage collector.
+
+    With `rebuild` it is built once more and compared. Raises as nix.build does.
+    """
+    link = nix.root_of(files.cache_dir(), inputs.digest)
+    with nix.written(lambda folder: write_tree(inputs.tree, folder)) as flake:
+        wanted = nix.Build(
+            flake,
+            nix.attribute(inputs.plan.hostname, inputs.format),
+            inputs.settings,
+            offline=inputs.offline,
+            rebuild=rebuild,
+        )
+        again = " --rebuild" if rebuild else ""
+        with console.step(f"nix build{again} {wanted.attribute}") as step:
+            nix.build(wanted, link, step.update)
+    return nix.Built(link)
+
+
+def _make_nixos(inputs: NixInputs, target: Path) -> None:
+    built = nix.Built(nix.root_of(files.cache_dir(), inputs.digest))
+    with console.step(f"{inputs.format} disk"):
+        source, image = built.disk(inputs.format), disk_of(target, inputs.format)
+        if inputs.format is ImageFormat.RAW or inputs.compress:
+            disk.convert(source, image, inputs.format, compress=inputs.compress)
+        else:
+            nix.copy(source, image)
+    cmdline = ""
+    if inputs.format.boots_directly:
+        nix.copy(built.kernel, target / "vmlinuz")
+        nix.copy(built.initrd, target / "initrd")
+        cmdline = built.cmdline
+    _write_manifest(inputs, target, EngineName.NIX, cmdline, {"closure": list(built.closure)})
+
+
+def disk_of(folder: Path, fmt: ImageFormat) -> Path:
+    """Where an image in `folder` has its disk."""
+    return folder / f"disk.{fmt}"
+
+
+def _write_manifest(
+    inputs: Inputs | NixInputs,
+    target: Path,
+    engine: EngineName,
+    cmdline: str,
+    made_of: dict[str, object],
+) -> None:
+    parts = [
+        p
+        for p in (disk_of(target, inputs.format), target / "vmlinuz", target / "initrd")
+        if p.exists()
+    ]
+    manifest = {
         "digest": inputs.digest,
-        "engine": EngineName.DEBIAN,
+        "engine": engine,
         "format": inputs.format,
-        "cmdline": debian.CMDLINE,
+        "cmdline": cmdline,
         "plan": model.to_json(inputs.plan),
-        "packages": [[p.name, p.version, p.sha256] for p in inputs.base.packages],
         "sizes": {p.name: p.stat().st_size for p in parts},
         "hashes": {p.name: files.digest_file(p) for p in parts},
+        **made_of,
     }
+    files.write_json(target / MANIFEST, manifest)
 
 
 def load(folder: Path) -> Image:
@@ -185,7 +289,7 @@ def load(folder: Path) -> Image:
             engine=EngineName(m["engine"]),
             format=fmt,
             folder=folder,
-            disk=folder / f"disk.{fmt}",
+            disk=disk_of(folder, fmt),
             kernel=folder / "vmlinuz",
             initrd=folder / "initrd",
             cmdline=m["cmdline"],

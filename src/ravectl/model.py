@@ -49,6 +49,19 @@ class ImageFormat(enum.StrEnum):
 
     QCOW2 = "qcow2"
     RAW = "raw"
+    # NixOS' own, which boot by themselves: on other hypervisors, too
+    QEMU = "qemu"
+    RAW_EFI = "raw-efi"
+    VMWARE = "vmware"
+    VIRTUALBOX = "virtualbox"
+    ISO = "iso"
+    AMAZON = "amazon"
+    KUBEVIRT = "kubevirt"
+
+    @property
+    def boots_directly(self) -> bool:
+        """Whether QEMU is given kernel and initrd beside the disk, as `up` does."""
+        return self in (ImageFormat.QCOW2, ImageFormat.RAW)
 
 
 class Accelerator(enum.StrEnum):
@@ -320,6 +333,16 @@ class Plan:
     def listeners(self) -> tuple[int, ...]:
         """Every port that something may listen on, inside the machine."""
         return tuple(sorted({p for s in self.services for p in s.ports}))
+
+
+@dataclass(frozen=True)
+class NixSettings:
+    """How Nix builds; nothing of it changes what is built, so it is no part of a Plan."""
+
+    max_jobs: int = 1
+    cores: int = 2
+    substituters: tuple[str, ...] = ()  # beyond those of the host's nix.conf
+    trusted_public_keys: tuple[str, ...] = ()
 
 
 # --- RenderedTree -> Image -------------------------------------------------------------------

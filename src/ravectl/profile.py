@@ -160,6 +160,25 @@ Url = Annotated[
 ]
 
 
+Substituter = Annotated[
+    str,
+    _word(
+        r"(https://[A-Za-z0-9.-]{1,253}|http://(127\.0\.0\.1|localhost))(:[0-9]{1,5})?"
+        r"(/[A-Za-z0-9._~/?=&-]{0,512})?|file:///[A-Za-z0-9._~/-]{1,512}",
+        "the address of a binary cache (https, file, or http to this host; no password in it)",
+        "'https://cache.example.org'",
+    ),
+]
+PublicKey = Annotated[
+    str,
+    _word(
+        r"[A-Za-z0-9._-]{1,128}:[A-Za-z0-9+/]{43}=",
+        "the public key of a binary cache",
+        "'cache.example.org-1:' and 44 characters of base64",
+    ),
+]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -251,6 +270,15 @@ class RouterSection(_Section):
         return providers
 
 
+class NixSection(_Section):
+    """How the nix engine builds: how much at once, and where it may fetch from."""
+
+    max_jobs: Annotated[int, WHOLE, _within(1, 64)] = 1
+    cores: Annotated[int, WHOLE, _within(1, 256)] = 2
+    substituters: Annotated[tuple[Substituter, ...], Field(max_length=16)] = ()
+    trusted_public_keys: Annotated[tuple[PublicKey, ...], Field(max_length=16)] = ()
+
+
 class PlanArguments(TypedDict):
     """The keyword arguments of plan.make_plan."""
 
@@ -277,6 +305,7 @@ class Profile(_Section):
     scrape_seconds: Annotated[int, _quantity(TIME, "s", 1, 60)] = Field(alias="scrape_every")
     retention: RetentionSection
     router: RouterSection
+    nix: NixSection = NixSection()
 
     @field_validator("services")
     @classmethod
@@ -343,6 +372,15 @@ class Profile(_Section):
             providers=self.router.providers,
             agent_concurrency=self.agents.concurrency,
             scrape_seconds=self.scrape_seconds,
+        )
+
+    def nix_settings(self) -> model.NixSettings:
+        """How the nix engine builds this profile."""
+        return model.NixSettings(
+            max_jobs=self.nix.max_jobs,
+            cores=self.nix.cores,
+            substituters=self.nix.substituters,
+            trusted_public_keys=self.nix.trusted_public_keys,
         )
 
 

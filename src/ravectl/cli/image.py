@@ -1,15 +1,19 @@
-"""Verbs up to the image: profiles, plan, render, build, gc."""
+"""Verbs up to the image: profiles, plan, render, lock, build, gc."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ravectl import console
 from ravectl.cli import options
 from ravectl.errors import UsageError
+
+if TYPE_CHECKING:
+    from ravectl.model import Plan
+    from ravectl.workspace import Workspace
 
 
 def profiles(as_json: options.AsJson = False, workspace: options.Folder = None) -> None:
@@ -66,25 +70,59 @@ def render(
     safe: options.Safe = False,
     full_pipe: options.FullPipe = False,
     profile: options.ProfileName = None,
+    engine: Annotated[
+        str, typer.Option("--engine", help="debian: files of /etc. nix: a flake of every profile.")
+    ] = "debian",
     workspace: options.Folder = None,
 ) -> None:
     """Write the rendered configuration to a folder, to look at or to commit."""
-    from ravectl import files, images
+    from ravectl import building, files, images
+    from ravectl.model import EngineName
     from ravectl.render import write_tree
 
-    made = options.plan_asked(safe, full_pipe, profile, options.find_workspace(workspace))
+    space = options.find_workspace(workspace)
+    made = options.plan_asked(safe, full_pipe, profile, space)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} is not an empty folder", "name a new one")
-    tree = images.render_debian(made)
+    if building.engine_name(engine) is EngineName.NIX:
+        tree = images.render_nixos(_every_plan(made, space), building.flake_lock(space))
+    else:
+        tree = images.render_debian(made)
     write_tree(tree, files.make_dir(folder))
     console.note(f"{len(tree.files)} files written to {folder}")
+
+
+def _every_plan(asked: Plan, space: Workspace) -> tuple[Plan, ...]:
+    """The Plan asked for, and those of the shipped profiles beside it."""
+    from ravectl import profile
+
+    others = (options.make_plan(n, space) for n in profile.shipped())
+    return (asked, *(p for p in others if p.profile != asked.profile))
+
+
+def lock(
+    update: Annotated[bool, typer.Option("--update", help="Take the revisions of today.")] = False,
+    workspace: options.Folder = None,
+) -> None:
+    """Write flake.lock beside rave.yaml: the inputs that the nix engine builds from."""
+    from ravectl import building
+
+    space = options.find_workspace(workspace)
+    for pin in building.lock_inputs(options.make_plan(None, space), space, update=update):
+        print(f"{pin.name:<10} {pin.revision}  {pin.nar_hash}")
 
 
 def build(
     safe: options.Safe = False,
     full_pipe: options.FullPipe = False,
     profile: options.ProfileName = None,
-    form: Annotated[str, typer.Option("--format", help="qcow2 or raw.")] = "qcow2",
+    form: Annotated[
+        str, typer.Option("--format", help="qcow2, raw; by the nix engine those of NixOS, too.")
+    ] = "qcow2",
+    engine: options.Engine = "auto",
+    offline: Annotated[
+        bool, typer.Option("--offline", help="nix: what is in the Nix store must do.")
+    ] = False,
     compress: Annotated[
         bool, typer.Option("--compress", help="Compress the qcow2 (zstd): smaller, slower.")
     ] = False,
@@ -105,14 +143,23 @@ def build(
 ) -> None:
     """Make the image of a profile; nothing is made twice."""
     from ravectl import building
+    from ravectl.plan import make_plan
 
     space = options.find_workspace(workspace)
-    made = options.plan_asked(safe, full_pipe, profile, space)
-    request = building.Request(made, building.image_format(form), compress=compress)
     if locked and update:
         raise UsageError("--locked and --update contradict each other", "give one of them")
+    chosen = options.select_profile(options.profile_flag(safe, full_pipe, profile), space)
+    fmt, asked = building.image_format(form), building.engine_name(engine)
+    request = building.Request(
+        make_plan(**chosen.plan_arguments()),
+        fmt,
+        compress=compress,
+        engine=building.choose_engine(asked, fmt, chosen.nix_settings()),
+        nix=chosen.nix_settings(),
+        offline=offline,
+    )
     if check:
-        digest = building.check(request)
+        digest = building.check(request, space)
         console.note(f"built twice from nothing: the same bits (disk sha256 {digest})")
         return
     image = building.build(request, space, locked=locked, update=update)

@@ -13,13 +13,14 @@ from ravectl.errors import UsageError
 
 if TYPE_CHECKING:
     from ravectl.instance import Instance
-    from ravectl.model import Accelerator
+    from ravectl.model import Accelerator, Image
 
 
 def up(
     safe: options.Safe = False,
     full_pipe: options.FullPipe = False,
     profile: options.ProfileName = None,
+    engine: options.Engine = "auto",
     accel: Annotated[
         str, typer.Option("--accel", help="kvm, tcg, or auto: KVM where it works.")
     ] = "auto",
@@ -32,16 +33,24 @@ def up(
 ) -> None:
     """Start the machine (building its image first if need be) and wait until all of it is up."""
     from ravectl import building, lifecycle, rotate
+    from ravectl.model import ImageFormat
+    from ravectl.plan import make_plan
 
     space = options.find_workspace(workspace)
-    plan = options.plan_asked(safe, full_pipe, profile, space)
+    chosen = options.select_profile(options.profile_flag(safe, full_pipe, profile), space)
+    plan, asked = make_plan(**chosen.plan_arguments()), building.engine_name(engine)
+
+    def image() -> Image:
+        made_by = building.choose_engine(asked, ImageFormat.QCOW2, chosen.nix_settings())
+        request = building.Request(plan, engine=made_by, nix=chosen.nix_settings())
+        return building.build(request, space)
+
     rotate.recover(space, options.opener(space))
-    request = building.Request(plan)
     started = lifecycle.up(
         space,
         name,
         plan,
-        lambda: building.build(request, space),
+        image,
         accelerator=_accelerator(accel),
         timeout=timeout,
         keep_failed=keep_failed,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ravectl import sops
     from ravectl.instance import Instance
     from ravectl.model import Plan
+    from ravectl.profile import Profile
     from ravectl.workspace import Workspace
 
 DEFAULT_NAME = "default"
@@ -33,6 +34,9 @@ Safe = Annotated[bool, typer.Option("--safe", help="The profile safe: 2 GB (defa
 FullPipe = Annotated[bool, typer.Option("--full-pipe", help="The profile full-pipe: 4 GB.")]
 ProfileName = Annotated[
     str | None, typer.Option("--profile", "-p", help="A profile by name: see ravectl profiles.")
+]
+Engine = Annotated[
+    str, typer.Option("--engine", help="nix, debian, or auto: nix where it can build here.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 
@@ -55,12 +59,18 @@ def profile_flag(safe: bool, full_pipe: bool, name: str | None) -> str | None:
     return asked[0] if asked else None
 
 
+def select_profile(flag: str | None, workspace: Workspace) -> Profile:
+    """The profile asked for."""
+    from ravectl import profile
+
+    return profile.select(flag, os.environ, workspace.profile_file)
+
+
 def make_plan(flag: str | None, workspace: Workspace) -> Plan:
     """The Plan of the profile asked for."""
-    from ravectl import plan, profile
+    from ravectl import plan
 
-    chosen = profile.select(flag, os.environ, workspace.profile_file)
-    return plan.make_plan(**chosen.plan_arguments())
+    return plan.make_plan(**select_profile(flag, workspace).plan_arguments())
 
 
 def plan_asked(safe: bool, full_pipe: bool, name: str | None, workspace: Workspace) -> Plan:

@@ -29,7 +29,7 @@ from pathlib import Path
 from ravectl import command, console, files
 from ravectl.engines import pgcluster
 from ravectl.errors import HostError, RavectlError
-from ravectl.model import Account, ImageFormat
+from ravectl.model import Account
 
 SUITE = "trixie"
 RECIPE = 5  # raise it when this module makes another base from the same inputs
@@ -530,12 +530,6 @@ def _clamp_times(root: Path) -> None:
             changed = min(int(state.st_mtime), EPOCH)
             if (state.st_atime, state.st_mtime) != (changed, changed):
                 os.utime(path, (changed, changed), follow_symlinks=False)
-
-
-def convert(raw: Path, target: Path, fmt: ImageFormat, *, compress: bool) -> None:
-    """Store a raw disk as `fmt`; `compress` is for qcow2 (zstd)."""
-    packed = ["-c", "-o", "compression_type=zstd"] if compress else []
-    command.run(["qemu-img", "convert", "-O", fmt, *packed, raw, target])
 
 
 def copy_root(base: Path, target: Path) -> None:

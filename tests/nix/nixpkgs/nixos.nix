@@ -31,9 +31,15 @@ let
               format:
               pkgs.runCommand "image-${format}" { } ''
                 mkdir -p $out/nix-support
-                echo ${format} grub=${builtins.toJSON config.boot.loader.grub.enable} >$out/nixos-image.img
+                echo ${format} grub=${builtins.toJSON config.boot.loader.grub.enable} >$out/nixos.img
                 echo file >$out/nix-support/hydra-build-products
               ''
+              // {
+                passthru = {
+                  inherit config;
+                  filePath = "nixos.img";
+                };
+              }
             );
       };
     };
