@@ -1,0 +1,258 @@
+"""The rendered flake in the hands of the real Nix: it parses, evaluates, and sets what exists.
+
+The types of options come from a table of those that the modules set (tests/nix/options.json):
+nixpkgs itself cannot be had on every host that runs this.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ravectl import images, profile
+from ravectl.engines import nix
+from ravectl.plan import make_plan
+from ravectl.render import to_nix, write_tree
+from tests import nixos
+
+MACHINES = [p.hostname for p in nixos.shipped()]
+TABLE = json.loads((nixos.STANDINS / "options.json").read_text())
+OPTIONS: dict[str, str] = {name: row["type"] for name, row in TABLE.items()}
+CONCERNS = (
+    "base", "network", "ssh", "ingress", "kanban", "ccr", "dispatcher", "postgresql",
+    "monitoring", "hardening", "secrets", "backup",
+)  # fmt: skip
+
+
+def sources() -> list[Path]:
+    return sorted(nixos.flake().rglob("*.nix"))
+
+
+def test_every_file_parses() -> None:
+    assert len(sources()) > 2 * len(CONCERNS)
+    for path in sources():
+        done = nixos.instantiate("--parse", str(path))
+        assert done.returncode == 0, f"{path.name}: {done.stderr}"
+
+
+def test_every_file_is_formatted() -> None:
+    for path in sources():
+        text = path.read_text()
+        where = f"{path.parent.name}/{path.name}"
+        assert text.endswith("\n"), where
+        assert not text.endswith("\n\n"), where
+        assert "\n\n\n" not in text, where
+        for number, line in enumerate(text.splitlines(), 1):
+            assert line == line.rstrip(), f"{where}:{number} ends in blanks"
+            assert "\t" not in line, f"{where}:{number} has a tab"
+            assert (len(line) - len(line.lstrip())) % 2 == 0, f"{where}:{number} is ill indented"
+        # what is asked for in a module's head is used below it
+        head = re.match(r"(?:#.*\n)*\{([\w\s,.]*)\}:\n", text)
+        for name in re.findall(r"\w+", head[1] if head else ""):
+            body = text[head.end() :] if head else ""
+            assert re.search(rf"\b{name}\b", body), f"{where} does not use {name}"
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_machine_has_every_concern(machine: str) -> None:
+    folder = nixos.flake() / "modules" / machine
+    imports = re.findall(r"\./([\w-]+)\.nix", (folder / "default.nix").read_text())
+    assert tuple(imports) == CONCERNS
+    assert {p.stem for p in folder.glob("*.nix")} == {*CONCERNS, "default", "sandbox", "check"}
+    # and nothing is rendered that no module reads
+    text = "".join(p.read_text() for p in folder.glob("*.nix"))
+    for path in [*folder.glob("files/*"), *folder.glob("scripts/*")]:
+        assert f"./{path.parent.name}/{path.name}" in text, path.name
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("concern", CONCERNS)
+def test_every_module_evaluates_alone(machine: str, concern: str) -> None:
+    alone = nixos.evaluate(nixos.flake() / "modules" / machine / f"{concern}.nix")
+    empty = {"sops": {}, "system": {}}
+    assert (alone == empty) == (concern == "backup"), "a module without a word sets nothing"
+
+
+# --- options ------------------------------------------------------------------------------------
+
+
+def fault(kind: str, value: Any) -> str | None:
+    """Why `value` is not of the type that the manual calls `kind`, None when it is."""
+    simple = {"boolean": bool, "signed integer": int}
+    wrong = f"{value!r} is no {kind}"
+    kind = kind.strip()
+    if kind.startswith("(") and kind.endswith(")"):
+        return fault(kind[1:-1], value)
+    for prefix, of in (("list of ", list), ("attribute set of ", dict)):
+        if kind.removeprefix("non-empty (").startswith(prefix):
+            inner = kind.removeprefix("non-empty (").removeprefix(prefix)
+            if not isinstance(value, of):
+                return wrong
+            each = value if isinstance(value, list) else value.values()
+            return next(filter(None, (fault(inner, v) for v in each)), None)
+    if kind.startswith("null or "):
+        return None if value is None else fault(kind.removeprefix("null or "), value)
+    if kind.startswith("one of "):
+        return None if f"“{value}”" in kind else wrong
+    if kind in ("submodule", "attribute set") or kind.startswith("submodule"):
+        return None if isinstance(value, dict) else wrong
+    if kind.startswith(("systemd option", "atom", "boolean or", "attribute set of (boolean")):
+        return None if isinstance(value, bool | int | float | str | list | dict) else wrong
+    if kind in simple:
+        return None if type(value) is simple[kind] else wrong
+    if "integer" in kind and "string" not in kind:
+        return None if type(value) is int and 0 <= value <= 65535 else wrong
+    if kind.startswith(("path", "package")):
+        return None if isinstance(value, str) and value.startswith("/") else wrong
+    if kind.startswith("string matching the pattern"):
+        return None if isinstance(value, str) and " " not in value else wrong
+    if "string" in kind:
+        return None if isinstance(value, str | int | dict) else wrong
+    raise AssertionError(f"this test does not know the type {kind!r}")
+
+
+def faults(value: Any, at: str = "") -> list[str]:
+    """What of a machine's settings is no option, or not of its option's type."""
+    found = []
+    if at in OPTIONS and (why := fault(OPTIONS[at], value)):
+        found.append(f"{at}: {why}")
+    below = [n for n in OPTIONS if n.startswith(f"{at}." if at else "")]
+    if at in OPTIONS and not below:
+        return found
+    if isinstance(value, list):
+        for item in value:
+            found += faults(item, f"{at}.*")
+        return found
+    if not isinstance(value, dict):
+        return found
+    for key, child in value.items():
+        names = [f"{at}.{k}".lstrip(".") for k in (key, "<name>")]
+        name = next((n for n in names if any(o == n or o.startswith(f"{n}.") for o in below)), None)
+        free = at in OPTIONS and "attribute set of (submodule)" not in OPTIONS[at]
+        if name is not None:
+            found += faults(child, name)
+        elif not (free and "attribute set" in OPTIONS[at]):
+            found.append(f"{at}.{key} is no option of NixOS that the table has")
+    return found
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_every_option_exists_and_holds_its_type(machine: str) -> None:
+    assert faults(nixos.values(machine)) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"services": {"nginx": {"enabled": True}}}, "services.nginx.enabled is no option"),
+        ({"services": {"nginx": {"enable": "yes"}}}, "services.nginx.enable: 'yes' is no boolean"),
+        ({"services": {"openssh": {"ports": 22}}}, "services.openssh.ports: 22 is no list"),
+        ({"services": {"openssh": {"settings": {"LogLevel": "LOUD"}}}}, "'LOUD' is no"),
+        ({"users": {"users": {"x": {"uuid": 3}}}}, "users.users.<name>.uuid is no option"),
+        ({"services": {"nope": {}}}, "services.nope is no option"),
+        (
+            {"services": {"nginx": {"virtualHosts": {"x": {"listen": [{"port": 70000}]}}}}},
+            "70000 is no",
+        ),
+    ],
+)
+def test_a_wrong_option_is_found(change: dict[str, Any], expected: str) -> None:
+    assert any(expected in f for f in faults(change)), faults(change)
+
+
+def test_no_row_of_the_table_is_unused() -> None:
+    used: set[str] = set()
+
+    def walk(value: Any, at: str) -> None:
+        used.add(at)
+        if isinstance(value, list):
+            for item in value:
+                walk(item, f"{at}.*")
+        elif isinstance(value, dict):
+            for key, child in value.items():
+                for name in (key, "<name>"):
+                    walk(child, f"{at}.{name}".lstrip("."))
+
+    for machine in MACHINES:
+        walk(nixos.values(machine), "")
+    assert set(OPTIONS) - used == set()
+
+
+def test_two_modules_that_contradict_each_other_are_found(tmp_path: Path) -> None:
+    machine = nixos.flake() / "modules" / MACHINES[0]
+    (tmp_path / "two.nix").write_text(
+        f'{{ imports = [ {machine} ]; networking.hostName = "other"; }}'
+    )
+    done = nixos.instantiate(
+        "--eval", "--strict", "--json", str(nixos.STANDINS / "evaluate.nix"), "--arg", "machine",
+        str(tmp_path / "two.nix"),
+    )  # fmt: skip
+    assert "conflicting definitions of networking.hostName" in done.stderr
+
+
+# --- the flake ----------------------------------------------------------------------------------
+
+
+def run_nix(tmp_path: Path, *words: str) -> str:
+    done = subprocess.run(
+        ["nix", *words, *nixos.OVERRIDES], env=nixos.environment(tmp_path), capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_flake_has_what_it_promises(tmp_path: Path) -> None:
+    seen = json.loads(run_nix(tmp_path, "flake", "show", "--json", f"path:{nixos.flake()}"))
+    assert set(seen["nixosConfigurations"]) == set(MACHINES)
+    assert set(seen["nixosModules"]) == set(MACHINES)
+    assert set(seen["checks"]["x86_64-linux"]) == set(MACHINES)
+    formats = ["", *(f"-{f}" for f in nix.FORMATS)]
+    expected = {f"{m}{f}" for m in MACHINES for f in formats}
+    assert set(seen["packages"]["x86_64-linux"]) == expected
+    assert "default" in seen["devShells"]["x86_64-linux"]
+
+
+def test_nix_accepts_the_flake(tmp_path: Path) -> None:
+    run_nix(tmp_path, "flake", "check", f"path:{nixos.flake()}")
+
+
+def test_the_lock_is_of_the_flake() -> None:
+    text = (nixos.flake() / nix.LOCK_FILE).read_text()
+    pins = {p.name: p for p in nix.pins(text, Path(nix.LOCK_FILE))}
+    assert set(pins) == {"nixpkgs", "sops-nix"}
+    for pin in pins.values():
+        assert re.fullmatch("[0-9a-f]{40}", pin.revision)
+        assert re.fullmatch("sha256-[A-Za-z0-9+/]{43}=", pin.nar_hash)
+    nodes = json.loads(text)["nodes"]
+    source = (nixos.flake() / "flake.nix").read_text()
+    for name in pins:
+        o = nodes[name]["original"]
+        url = "/".join(filter(None, (o["owner"], o["repo"], o.get("ref"))))
+        assert f'{name}.url = "github:{url}"' in source
+    assert nodes["sops-nix"]["inputs"]["nixpkgs"] == ["nixpkgs"]
+
+
+def test_a_workspace_may_have_another_profile(tmp_path: Path) -> None:
+    (tmp_path / "rave.yaml").write_text("extends: safe\nname: mine\nmachine: {memory: 3 GB}\n")
+    plan = make_plan(**profile.select(None, {}, tmp_path / "rave.yaml").plan_arguments())
+    write_tree(images.render_nixos((plan,)), tmp_path / "flake")
+    values = nixos.evaluate(tmp_path / "flake" / "modules" / "rave-mine")
+    assert values["networking"]["hostName"] == "rave-mine"
+
+
+# --- values as Nix ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value",
+    [True, None, 3, -3, "plain", 'quo"te', "back\\slash", "${not} $a", "line\nline", ["a", -1], {}],
+)
+def test_a_value_in_nix_is_itself(value: Any) -> None:
+    done = nixos.instantiate("--eval", "--strict", "--json", "--expr", to_nix(value))
+    assert json.loads(done.stdout) == value, done.stderr

@@ -1,0 +1,679 @@
+"""The NixOS tree, the Debian tree and the Plan say the same, row by row.
+
+A row is a fact that all three must agree on. NixOS' side is what Nix evaluates the modules to,
+Debian's what the rendered files say; neither is read by the code that rendered it.
+"""
+
+from __future__ import annotations
+
+import configparser
+import io
+import json
+import re
+import shlex
+import tarfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pyrage
+import pytest
+import yaml
+
+from ravectl import images, sops, vault
+from ravectl.model import Access, Activation, Plan, RenderedTree, SecretKind
+from tests import nixos
+
+PLANS = {p.profile: p for p in nixos.shipped()}
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+class Unit(dict[str, list[str]]):
+    """A unit's settings by key, over all its sections; a key may stand several times."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        for line in text.splitlines():
+            key, equals, value = line.partition("=")
+            if equals and not line.startswith(("#", "[")):
+                self.setdefault(key, []).append(value)
+
+    def one(self, key: str) -> str:
+        return self[key][-1]
+
+
+Block = list[tuple[list[str], "Block"]]
+
+
+def nginx_blocks(text: str) -> Block:
+    """nginx's configuration as directives, each with the block below it."""
+    words = re.findall(r'#[^\n]*|"(?:\\.|[^"\\])*"|[{};]|[^\s{};]+', text)
+    stack: list[Block] = [[]]
+    current: list[str] = []
+    for word in words:
+        if word.startswith("#"):
+            continue
+        if word == ";":
+            stack[-1].append((current, []))
+            current = []
+        elif word == "{":
+            block: Block = []
+            stack[-1].append((current, block))
+            stack.append(block)
+            current = []
+        elif word == "}":
+            stack.pop()
+        else:
+            current.append(word)
+    assert len(stack) == 1, "unbalanced"
+    return stack[0]
+
+
+def below(block: Block, name: str) -> Block:
+    return next(inner for words, inner in block if words == [name])
+
+
+def lines_of(block: Block) -> set[str]:
+    """Directives without a block, and maps, each as one text."""
+    found = set()
+    for words, inner in block:
+        if not inner:
+            found.add(" ".join(words))
+        elif words[0] == "map":
+            found.add(" ".join([*words, *sorted(" ".join(w) for w, _ in inner)]))
+    return found
+
+
+@dataclass(frozen=True)
+class Location:
+    """What a location of nginx does."""
+
+    realm: str | None  # of its own: "off", a variable
+    upstream: str | None
+    answer: str | None  # return or try_files
+    headers: frozenset[str]
+
+
+def location(block: Block) -> Location:
+    found = {words[0]: " ".join(words[1:]) for words, _ in block}
+    return Location(
+        found.get("auth_basic"),
+        found.get("proxy_pass"),
+        found.get("return") or found.get("try_files"),
+        frozenset(" ".join(w) for w, _ in block if w[0] == "proxy_set_header"),
+    )
+
+
+@dataclass
+class Debian:
+    """Debian's files."""
+
+    tree: RenderedTree
+    plan: Plan
+
+    def text(self, path: str) -> str:
+        return self.tree.file(path).content
+
+    def unit(self, service: str) -> Unit:
+        name = self.plan.service(service).unit["debian"]
+        folder = "etc/systemd/system"
+        paths = {f.path for f in self.tree.files}
+        path = f"{folder}/{name}.d/rave.conf"
+        return Unit(self.text(path if path in paths else f"{folder}/{name}"))
+
+    @property
+    def http(self) -> Block:
+        return below(nginx_blocks(self.text("etc/nginx/nginx.conf")), "http")
+
+    def servers(self) -> dict[str, dict[str, Location]]:
+        found = {}
+        for words, inner in self.http:
+            if words == ["server"]:
+                names = {w[0]: w[1] for w, _ in inner if len(w) > 1}
+                found[names.get("server_name", "status")] = {
+                    " ".join(w[1:]): location(b) for w, b in inner if w[0] == "location"
+                }
+        return found
+
+    def sshd(self) -> dict[str, str]:
+        rows = [line.split(None, 1) for line in self.text("etc/ssh/sshd_config").splitlines()]
+        return {r[0]: r[1] for r in rows if len(r) == 2 and r[0] != "#"}
+
+    def postgresql(self) -> dict[str, str]:
+        found = {}
+        for line in self.text("etc/postgresql/17/main/postgresql.conf").splitlines():
+            key, equals, value = line.partition(" = ")
+            if equals and not line.startswith("#"):
+                found[key] = value.strip("'")
+        return found
+
+    def flags(self, package: str) -> dict[str, str]:
+        value = Unit(self.text(f"etc/default/{package}")).one("ARGS").strip('"')
+        return dict((f"{w}=").split("=")[:2] for w in shlex.split(value))
+
+    def secrets(self) -> dict[str, tuple[str, str, str]]:
+        """Owner, group and mode of each file of a bundle that has all."""
+        names = [s.name for s in self.plan.delivered()]
+        for s in self.plan.delivered():
+            names += [s.previous, f"{s.previous}-until"] if s.grace_hours else []
+        identity, recipient = sops.new_identity()
+        bundle = vault.bundle(self.plan, dict.fromkeys(names, "x"), 7, recipient)
+        key = pyrage.x25519.Identity.from_str(identity)
+        tar = tarfile.open(fileobj=io.BytesIO(pyrage.decrypt(bundle.split(b"\n", 1)[1], [key])))
+        return {m.name: (m.uname, m.gname, f"{m.mode:04o}") for m in tar.getmembers() if m.isfile()}
+
+
+@dataclass
+class NixOS:
+    """NixOS' options."""
+
+    options: dict[str, Any]
+    plan: Plan
+
+    def at(self, path: str) -> Any:
+        found = self.options
+        for key in path.split("."):
+            found = found[key]
+        return found
+
+    def service(self, name: str) -> dict[str, Any]:
+        unit = self.plan.service(name).unit["nix"].removesuffix(".service")
+        return dict(self.at("systemd.services")[unit])
+
+    def config(self, name: str) -> dict[str, Any]:
+        return dict(self.service(name)["serviceConfig"])
+
+    def etc(self, path: str) -> str:
+        source = self.at("environment.etc")[path]["source"]
+        # a path of the store, copied there by Nix: the same file lies in the flake
+        name = str(source).rpartition("-")[2]
+        folder = nixos.flake() / "modules" / self.plan.hostname / "files"
+        return (folder / name).read_text()
+
+    def servers(self) -> dict[str, dict[str, Location]]:
+        found = {}
+        for name, host in self.at("services.nginx.virtualHosts").items():
+            found[name] = {}
+            for path, row in host["locations"].items():
+                extra = nginx_blocks(row.get("extraConfig", ""))
+                for key, directive in (
+                    ("return", "return"), ("tryFiles", "try_files"), ("proxyPass", "proxy_pass"),
+                ):  # fmt: skip
+                    if key in row:
+                        extra += nginx_blocks(f"{directive} {row[key]};")
+                found[name][path] = location(extra)
+        return found
+
+
+def sides(profile: str) -> tuple[Plan, Debian, NixOS]:
+    plan = PLANS[profile]
+    debian = Debian(images.render_debian(plan), plan)
+    return plan, debian, NixOS(nixos.values(plan.hostname), plan)
+
+
+# --- rows ---------------------------------------------------------------------------------------
+
+Row = Callable[[Plan, Debian, NixOS], tuple[Any, ...]]
+ROWS: dict[str, Row] = {}
+
+
+def row(function: Row) -> Row:
+    """A fact, as (Plan's or what it follows from, Debian's, NixOS')."""
+    ROWS[function.__name__] = function
+    return function
+
+
+@row
+def firewall(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    def rules(text: str) -> list[str]:
+        return [line.strip() for line in text.splitlines() if line.strip()]
+
+    table = nix.at("networking.nftables.tables.rave")
+    there = rules(debian.text("etc/nftables.conf"))
+    start = there.index(f"table {table['family']} rave {{")
+    assert nix.at("networking.nftables.flushRuleset") == ("flush ruleset" in there)
+    return there[start + 1 : -1], rules(table["content"])
+
+
+@row
+def open_ports(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    def opened(text: str) -> set[int]:
+        found = re.findall(r"tcp dport \{([\d, ]+)\}", text)
+        return {int(p) for ports in found for p in ports.split(",")}
+
+    assert not nix.at("networking.firewall.enable"), "two firewalls"
+    return (
+        set(plan.network.open_ports),
+        opened(debian.text("etc/nftables.conf")),
+        opened(nix.at("networking.nftables.tables.rave.content")),
+    )
+
+
+@row
+def listeners(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    """Address and port of everything that listens."""
+    every = {f"0.0.0.0:{p}" for p in plan.network.open_ports}
+    expected = every | {f"127.0.0.1:{p}" for p in plan.listeners()} - {
+        f"127.0.0.1:{p}" for p in plan.network.open_ports
+    }
+    assert debian.sshd()["AddressFamily"] == "inet"
+    assert nix.at("networking.enableIPv6") is False
+    here = {f"0.0.0.0:{debian.sshd()['Port']}"}
+    for words, inner in debian.http:
+        if words == ["server"]:
+            found = next(w[1] for w, _ in inner if w[0] == "listen")
+            here.add(found if ":" in found else f"0.0.0.0:{found}")
+    env = dict(w.split("=") for w in debian.unit("kanban").one("Environment").split())
+    here.add(f"{env['HOST']}:{env['PORT']}")
+    router = json.loads(debian.text("etc/rave/router.json"))
+    here.add(f"{router['HOST']}:{router['PORT']}")
+    here.add(f"{debian.postgresql()['listen_addresses']}:{debian.postgresql()['port']}")
+    for package in ("prometheus", "prometheus-node-exporter"):
+        here.add(debian.flags(package)["--web.listen-address"])
+    return expected, here, _nixos_listeners(nix)
+
+
+def _nixos_listeners(nix: NixOS) -> set[str]:
+    there = {f"0.0.0.0:{p}" for p in nix.at("services.openssh.ports")}
+    for host in nix.at("services.nginx.virtualHosts").values():
+        there |= {f"{row['addr']}:{row['port']}" for row in host["listen"]}
+    env = nix.service("kanban")["environment"]
+    there.add(f"{env['HOST']}:{env['PORT']}")
+    router = json.loads(nix.etc("rave/router.json"))
+    there.add(f"{router['HOST']}:{router['PORT']}")
+    settings = nix.at("services.postgresql.settings")
+    there.add(f"{settings['listen_addresses']}:{settings['port']}")
+    for path in ("services.prometheus", "services.prometheus.exporters.node"):
+        there.add(f"{nix.at(path)['listenAddress']}:{nix.at(path)['port']}")
+    return there
+
+
+@row
+def limits(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    keys = ("MemoryMax", "CPUQuota", "TasksMax", "OOMScoreAdjust")
+    expected = {
+        s.name: (
+            f"{s.limits.memory_mb}M", f"{s.limits.cpu_percent}%", str(s.limits.tasks),
+            str(s.limits.oom_score_adjust),
+        )
+        for s in plan.services
+    }  # fmt: skip
+    here = {s.name: tuple(debian.unit(s.name).one(k) for k in keys) for s in plan.services}
+    there = {s.name: tuple(str(nix.config(s.name)[k]) for k in keys) for s in plan.services}
+    return expected, here, there
+
+
+@row
+def cpu_weights(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    here = {s.name: debian.unit(s.name).get("CPUWeight", [""])[-1] for s in plan.services}
+    there = {s.name: str(nix.config(s.name).get("CPUWeight", "")) for s in plan.services}
+    return here, there
+
+
+@row
+def sandbox(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    """All that units which are wholly ours say of their processes."""
+
+    def said(value: object) -> str:
+        return {"True": "yes", "False": "no"}.get(str(value), str(value))
+
+    ours = ("kanban", "router")
+    skip = ("Exec", "Environment", "Description", "After", "Requires", "Wanted", "LoadCredential")
+    here = {
+        s: {k: v[-1] for k, v in debian.unit(s).items() if not k.startswith(skip)} for s in ours
+    }
+    there = {
+        s: {k: said(v) for k, v in nix.config(s).items() if not k.startswith(skip)} for s in ours
+    }
+    return here, there
+
+
+@row
+def credentials(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    return debian.unit("router")["LoadCredential"], nix.config("router")["LoadCredential"]
+
+
+@row
+def egress(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    def closed(deny: object) -> bool:
+        return deny == "any"
+
+    return (
+        not plan.network.egress,
+        closed(debian.unit("router").get("IPAddressDeny", [""])[-1]),
+        closed(nix.config("router").get("IPAddressDeny")),
+    )
+
+
+@row
+def users(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    """Of services whose user is ours to say."""
+    expected = {n: plan.service(n).user for n in ("ingress", "kanban", "router")}
+    nginx = nginx_blocks(debian.text("etc/nginx/nginx.conf"))
+    here = {n: debian.unit(n).one("User") for n in ("kanban", "router")}
+    here["ingress"] = next(w[1] for w, _ in nginx if w[0] == "user")
+    there = {n: nix.config(n)["User"] for n in ("kanban", "router")}
+    there["ingress"] = nix.at("services.nginx.user")
+    assert nix.at("services.prometheus.exporters.node.user") == plan.service("node-exporter").user
+    return expected, here, there
+
+
+@row
+def accounts(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    """Debian's are made of the Plan with its base."""
+    known = nix.at("users.users")
+    assert not nix.at("users.mutableUsers")
+    assert not any("assword" in key for account in known.values() for key in account)
+    there = {
+        name: (a["uid"], nix.at("users.groups")[name]["gid"], a["home"], a["isNormalUser"])
+        for name, a in known.items()
+        if "uid" in a and (a := {"isNormalUser": False, **a})
+    }
+    return {
+        a.name: (a.uid, a.uid, a.home, a.home.startswith("/home/")) for a in plan.accounts
+    }, there
+
+
+@row
+def sudo(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    lines = debian.text("etc/sudoers.d/rave").splitlines()
+    found = [re.match(r"(\S+) ALL=\(ALL:ALL\) NOPASSWD: ALL", line) for line in lines]
+    rules = nix.at("security.sudo.extraRules")
+    there = [
+        u
+        for r in rules
+        for u in r["users"]
+        if r["commands"] == [{"command": "ALL", "options": ["NOPASSWD"]}]
+    ]
+    expected = [a.name for a in plan.accounts if a.sudo]
+    return expected, [m[1] for m in found if m], there
+
+
+@row
+def needed_secrets(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    """The files without which a service does not start."""
+    required = vault.required(plan)
+    expected = {
+        s.name: [f"/run/secrets/{n}" for n in s.secrets if n in required] for s in plan.services
+    }
+    here = {s.name: debian.unit(s.name).get("AssertPathExists", []) for s in plan.services}
+    there = {
+        s.name: nix.service(s.name).get("unitConfig", {}).get("AssertPathExists", [])
+        for s in plan.services
+    }
+    return expected, here, there
+
+
+@row
+def order(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    """What a unit waits for, by our names."""
+    names = {"ssh.service": "ssh", "sshd.service": "ssh", "rave-secrets.service": "secrets"}
+    names["sops-install-secrets.service"] = "secrets"
+
+    def ours(units: Iterable[str]) -> set[str]:
+        return {names.get(u, u) for u in units}
+
+    here, there = {}, {}
+    for s in plan.services:
+        unit, module = debian.unit(s.name), nix.service(s.name)
+        here[s.name] = [ours(" ".join(unit.get(k, [])).split()) for k in ("After", "Requires")]
+        there[s.name] = [ours(module.get(k, [])) for k in ("after", "requires")]
+    return here, there
+
+
+@row
+def secrets(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    expected = {}
+    for s in plan.delivered():
+        more = [s.previous, f"{s.previous}-until"] if s.grace_hours else []
+        expected |= dict.fromkeys([s.name, *more], (s.owner, s.group, s.mode))
+    there = {
+        name: (row["owner"], row["group"], row["mode"])
+        for name, row in nix.at("sops.secrets").items()
+    }
+    return expected, debian.secrets(), there
+
+
+@row
+def retention(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    flags = debian.flags("prometheus")
+    extra = dict(f.split("=") for f in nix.at("services.prometheus.extraFlags"))
+    size, age = "--storage.tsdb.retention.size", "--storage.tsdb.retention.time"
+    more = "--query.max-concurrency"
+    return (
+        (f"{plan.retention.metrics_days}d", f"{plan.retention.metrics_mb}MB", "4"),
+        (flags[age], flags[size], flags[more]),
+        (nix.at("services.prometheus.retentionTime"), extra[size], extra[more]),
+    )
+
+
+@row
+def scrape_jobs(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    written = yaml.safe_load(debian.text("etc/prometheus/prometheus.yml"))
+    assert written["global"] == nix.at("services.prometheus.globalConfig")
+    assert written["global"]["scrape_interval"] == f"{plan.scrape_seconds}s"
+    expected = [
+        {
+            "job_name": j.name,
+            "metrics_path": j.path,
+            "static_configs": [{"targets": [f"127.0.0.1:{j.port}"]}],
+        }
+        for j in plan.scrape_jobs
+    ]
+    return expected, written["scrape_configs"], nix.at("services.prometheus.scrapeConfigs")
+
+
+@row
+def exporters(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    node = nix.at("services.prometheus.exporters.node")
+    here = set(debian.flags("prometheus-node-exporter")) - {"--web.listen-address"}
+    there = {f"--collector.{c}" for c in node["enabledCollectors"]} | set(node["extraFlags"])
+    return here, there
+
+
+@row
+def sshd(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    """Every setting of Debian's file; NixOS says some by options of their own."""
+    names = {"UseDns": "UseDNS", "Macs": "MACs"}
+    there = {}
+    for key, value in nix.at("services.openssh.settings").items():
+        separator = " " if key == "AllowUsers" else ","
+        text = separator.join(value) if isinstance(value, list) else value
+        there[names.get(key, key)] = {True: "yes", False: "no"}.get(text, str(text))
+    there["Port"] = " ".join(map(str, nix.at("services.openssh.ports")))
+    there["AddressFamily"] = "any" if nix.at("networking.enableIPv6") else "inet"
+    there["AuthorizedKeysFile"] = " ".join(nix.at("services.openssh.authorizedKeysFiles"))
+    there["Subsystem"] = f"sftp {nix.at('services.openssh.sftpServerExecutable')}"
+    key, _, value = nix.at("services.openssh.extraConfig").strip().partition(" ")
+    there[key] = value
+    assert nix.at("services.openssh.hostKeys") == [], "NixOS would make them"
+    return debian.sshd(), there
+
+
+@row
+def announcement(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    command = debian.unit("ssh").one("ExecStartPost").removeprefix("/bin/sh -c ").strip("'")
+    return command, nix.service("ssh")["postStart"].strip()
+
+
+@row
+def tls(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    """nginx runs as itself on NixOS and is given a copy of the key."""
+    here = {w[0]: " ".join(w[1:]) for w, b in debian.http if not b}
+    host = nix.at("services.nginx.virtualHosts._")
+    there = {
+        w[0]: " ".join(w[1:])
+        for w, b in nginx_blocks(nix.at("services.nginx.commonHttpConfig"))
+        if not b
+    }
+    keys = ("ssl_session_cache", "ssl_session_timeout", "ssl_session_tickets")
+    copied = {"/run/rave-ingress/tls-key": "/run/secrets/ingress/tls-key"}
+    assert all(
+        h["onlySSL"] for n, h in nix.at("services.nginx.virtualHosts").items() if n != "status"
+    )
+    return (
+        ["TLSv1.3", "/run/secrets/ingress/tls-cert", "/run/secrets/ingress/tls-key"],
+        [here[k] for k in ("ssl_protocols", "ssl_certificate", "ssl_certificate_key")],
+        [nix.at("services.nginx.sslProtocols"), host["sslCertificate"],
+         copied[host["sslCertificateKey"]]],
+    ) if [here[k] for k in keys] == [there[k] for k in keys] else (keys, here, there)  # fmt: skip
+
+
+@row
+def http_directives(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    """Headers, time limits, sizes: everything that holds for all of nginx."""
+    there = lines_of(nginx_blocks(nix.at("services.nginx.commonHttpConfig")))
+    options = nix.at("services.nginx")
+    there |= {
+        f"client_max_body_size {options['clientMaxBodySize']}",
+        f"server_tokens {'on' if options['serverTokens'] else 'off'}",
+        f"ssl_protocols {options['sslProtocols']}",
+        "include /etc/nginx/mime.types",
+        "default_type application/octet-stream",
+        "ssl_certificate /run/secrets/ingress/tls-cert",
+        "ssl_certificate_key /run/secrets/ingress/tls-key",
+    }
+    return lines_of(debian.http), there
+
+
+@row
+def routes(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    here = debian.servers()
+    there = nix.servers()
+    for r in plan.routes:
+        found = here[r.host or "_"].get(r.path) or here[r.host or "_"][f"= {r.path}"]
+        realm = {Access.ANYONE: "off", Access.NOBODY: "off"}
+        realm[Access.SIGNED_IN_OR_KEY] = "$rave_router_realm"
+        assert found.realm == realm.get(r.access), r.name
+        assert (found.upstream is None) == (r.upstream_port is None), r.name
+        assert r.upstream_port is None or f"local-{r.upstream_port}" in (found.upstream or "")
+    return here, there
+
+
+@row
+def upstreams(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    here = {
+        words[1]: {" ".join(w) for w, _ in inner}
+        for words, inner in debian.http
+        if words[0] == "upstream"
+    }
+    there = {
+        name: {" ".join(w) for w, _ in nginx_blocks(row["extraConfig"])}
+        | {f"server {s}" for s in row["servers"]}
+        for name, row in nix.at("services.nginx.upstreams").items()
+    }
+    return here, there
+
+
+@row
+def postgresql(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    def text(value: object) -> str:
+        return {True: "on", False: "off"}.get(value, str(value))  # type: ignore[call-overload]
+
+    # where NixOS has its own places, and its own unit to log for
+    own = ("data_directory", "hba_file", "ident_file", "unix_socket_directories", "log_destination")
+    here = {k: v for k, v in debian.postgresql().items() if k not in (*own, "logging_collector")}
+    there = {k: text(v) for k, v in nix.at("services.postgresql.settings").items()}
+    assert "--data-checksums" in nix.at("services.postgresql.initdbArgs")
+    assert "scram-sha-256" in nix.at("services.postgresql.authentication")
+    assert "trust" not in nix.at("services.postgresql.authentication")
+    return here, there
+
+
+@row
+def router(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    return debian.text("etc/rave/router.json"), nix.etc("rave/router.json")
+
+
+@row
+def journal_and_manager(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    names = ("systemd/journald.conf.d/rave.conf", "systemd/system.conf.d/rave.conf")
+    return [debian.text(f"etc/{n}") for n in names], [nix.etc(n) for n in names]
+
+
+@row
+def network(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    ini = configparser.RawConfigParser()
+    ini.read_string(debian.text("etc/systemd/network/10-uplink.network"))
+    row = nix.at("systemd.network.networks")["10-uplink"]
+    (address,), (gateway,) = row["address"], row["gateway"]
+    assert debian.text("etc/resolv.conf") == nix.etc("resolv.conf")
+    settings = {k.lower(): {False: "no"}.get(v, v) for k, v in row["networkConfig"].items()}
+    there = {
+        "Match": {"driver": row["matchConfig"]["Driver"]},
+        "Network": {"address": address, "gateway": gateway, **settings},
+    }
+    return {name: dict(ini[name]) for name in ini.sections()}, there
+
+
+@row
+def hostname(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    return plan.hostname, debian.text("etc/hostname").strip(), nix.at("networking.hostName")
+
+
+@row
+def mounts(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    lines = [line.split() for line in debian.text("etc/fstab").splitlines() if line[0] != "#"]
+    here = {w[1]: (w[2], set(w[3].split(","))) for w in lines}
+    # Debian's answer to a damaged disk; NixOS leaves it to the file system's own default
+    here["/"][1].discard("errors=remount-ro")
+    # sops-nix mounts it: a tmpfs that is not swapped out
+    assert nix.at("sops.useTmpfs")
+    assert "noswap" in here.pop("/run/secrets.d")[1]
+    return here, {
+        path: (row["fsType"], set(row["options"])) for path, row in nix.at("fileSystems").items()
+    }
+
+
+@row
+def timers_and_jails(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    """The Plan has none yet: neither may an engine."""
+    here = {f.path for f in debian.tree.files if f.path.endswith(".timer") and f.target is None}
+    jails = {f.path for f in debian.tree.files if "fail2ban" in f.path}
+    there = set(nix.at("systemd").get("timers", {}))
+    return set(), here | jails, there | ({"fail2ban"} & set(nix.at("services")))
+
+
+@row
+def units(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    """Every unit of the Plan is one that an engine says something of."""
+    folder = "etc/systemd/system/"
+    here = {
+        f.path.removeprefix(folder).removesuffix(".d/rave.conf")
+        for f in debian.tree.files
+        if f.path.startswith(folder)
+    }
+    there = {f"{name}.service" for name in nix.at("systemd.services")}
+    assert set(plan.units(nixos_engine())) <= there
+    return set(), set(plan.units(debian_engine())) - here
+
+
+def nixos_engine() -> Any:
+    from ravectl.model import EngineName
+
+    return EngineName.NIX
+
+
+def debian_engine() -> Any:
+    from ravectl.model import EngineName
+
+    return EngineName.DEBIAN
+
+
+@pytest.mark.parametrize("profile", PLANS)
+@pytest.mark.parametrize("name", ROWS)
+def test_both_engines_and_the_plan_agree(profile: str, name: str) -> None:
+    first, *others = ROWS[name](*sides(profile))
+    for other in others:
+        assert other == first
+
+
+def test_rotation_calls_what_both_engines_have() -> None:
+    plan, debian, nix = sides("safe")
+    assert any(s.activation is Activation.ROLE for s in plan.secrets)
+    assert any(s.kind is SecretKind.SCRAM for s in plan.secrets)
+    linked = {r.split()[1] for r in nix.at("systemd.tmpfiles.rules")}
+    assert linked == {"/usr/lib/rave/secrets", "/usr/lib/rave/roles"}
+    assert {"usr/lib/rave/secrets", "usr/lib/rave/roles"} <= {f.path for f in debian.tree.files}
