@@ -7,6 +7,7 @@ Debian's what the rendered files say; neither is read by the code that rendered 
 from __future__ import annotations
 
 import configparser
+import copy
 import io
 import json
 import re
@@ -21,7 +22,7 @@ import pytest
 import yaml
 
 from ravectl import images, sops, vault
-from ravectl.model import Access, Activation, Plan, RenderedTree, SecretKind
+from ravectl.model import Access, Activation, EngineName, Plan, RenderedTree, SecretKind
 from tests import nixos
 
 PLANS = {p.profile: p for p in nixos.shipped()}
@@ -67,7 +68,8 @@ def nginx_blocks(text: str) -> Block:
             stack.pop()
         else:
             current.append(word)
-    assert len(stack) == 1, "unbalanced"
+    assert len(stack) == 1, "a block is not closed"
+    assert not current, f"{current} has no end"
     return stack[0]
 
 
@@ -86,24 +88,15 @@ def lines_of(block: Block) -> set[str]:
     return found
 
 
-@dataclass(frozen=True)
-class Location:
-    """What a location of nginx does."""
-
-    realm: str | None  # of its own: "off", a variable
-    upstream: str | None
-    answer: str | None  # return or try_files
-    headers: frozenset[str]
+Server = dict[str, set[str]]  # location -> its directives; "" is the server itself
 
 
-def location(block: Block) -> Location:
-    found = {words[0]: " ".join(words[1:]) for words, _ in block}
-    return Location(
-        found.get("auth_basic"),
-        found.get("proxy_pass"),
-        found.get("return") or found.get("try_files"),
-        frozenset(" ".join(w) for w, _ in block if w[0] == "proxy_set_header"),
-    )
+def server(block: Block) -> Server:
+    found = {"": {" ".join(words) for words, inner in block if not inner}}
+    for words, inner in block:
+        if words[0] == "location":
+            found[" ".join(words[1:])] = {" ".join(w) for w, _ in inner}
+    return found
 
 
 @dataclass
@@ -127,14 +120,12 @@ class Debian:
     def http(self) -> Block:
         return below(nginx_blocks(self.text("etc/nginx/nginx.conf")), "http")
 
-    def servers(self) -> dict[str, dict[str, Location]]:
+    def servers(self) -> dict[str, Server]:
         found = {}
         for words, inner in self.http:
             if words == ["server"]:
                 names = {w[0]: w[1] for w, _ in inner if len(w) > 1}
-                found[names.get("server_name", "status")] = {
-                    " ".join(w[1:]): location(b) for w, b in inner if w[0] == "location"
-                }
+                found[names.get("server_name", "status")] = server(inner)
         return found
 
     def sshd(self) -> dict[str, str]:
@@ -161,8 +152,10 @@ class Debian:
         identity, recipient = sops.new_identity()
         bundle = vault.bundle(self.plan, dict.fromkeys(names, "x"), 7, recipient)
         key = pyrage.x25519.Identity.from_str(identity)
-        tar = tarfile.open(fileobj=io.BytesIO(pyrage.decrypt(bundle.split(b"\n", 1)[1], [key])))
-        return {m.name: (m.uname, m.gname, f"{m.mode:04o}") for m in tar.getmembers() if m.isfile()}
+        plain = io.BytesIO(pyrage.decrypt(bundle.split(b"\n", 1)[1], [key]))
+        with tarfile.open(fileobj=plain) as tar:
+            files = [m for m in tar.getmembers() if m.isfile()]
+        return {m.name: (m.uname, m.gname, f"{m.mode:04o}") for m in files}
 
 
 @dataclass
@@ -192,18 +185,28 @@ class NixOS:
         folder = nixos.flake() / "modules" / self.plan.hostname / "files"
         return (folder / name).read_text()
 
-    def servers(self) -> dict[str, dict[str, Location]]:
+    def servers(self) -> dict[str, Server]:
+        """As NixOS writes them; what it adds to every server stands in its own module."""
         found = {}
         for name, host in self.at("services.nginx.virtualHosts").items():
-            found[name] = {}
+            text = host.get("extraConfig", "")
+            for row in host["listen"]:
+                everywhere = row["addr"] == "0.0.0.0"
+                words = [str(row["port"]) if everywhere else f"{row['addr']}:{row['port']}"]
+                words += ["ssl"] * row.get("ssl", False)
+                words += ["default_server"] * host.get("default", False)
+                text += f"listen {' '.join(words)};"
+            text += "http2 on;" * (name != "status" and host["http2"])
+            text += f"server_name {name};" * (name != "status")
+            text += "root /usr/share/rave/www;" * ("root" in host)
             for path, row in host["locations"].items():
-                extra = nginx_blocks(row.get("extraConfig", ""))
+                text += f"location {path} {{ {row.get('extraConfig', '')}"
                 for key, directive in (
                     ("return", "return"), ("tryFiles", "try_files"), ("proxyPass", "proxy_pass"),
                 ):  # fmt: skip
-                    if key in row:
-                        extra += nginx_blocks(f"{directive} {row[key]};")
-                found[name][path] = location(extra)
+                    text += f"{directive} {row[key]};" if key in row else ""
+                text += "}"
+            found[name] = server(nginx_blocks(text))
         return found
 
 
@@ -214,6 +217,8 @@ def sides(profile: str) -> tuple[Plan, Debian, NixOS]:
 
 
 # --- rows ---------------------------------------------------------------------------------------
+
+OURS = ("kanban", "router")  # services that neither distribution has
 
 Row = Callable[[Plan, Debian, NixOS], tuple[Any, ...]]
 ROWS: dict[str, Row] = {}
@@ -319,13 +324,12 @@ def sandbox(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     def said(value: object) -> str:
         return {"True": "yes", "False": "no"}.get(str(value), str(value))
 
-    ours = ("kanban", "router")
     skip = ("Exec", "Environment", "Description", "After", "Requires", "Wanted", "LoadCredential")
     here = {
-        s: {k: v[-1] for k, v in debian.unit(s).items() if not k.startswith(skip)} for s in ours
+        s: {k: v[-1] for k, v in debian.unit(s).items() if not k.startswith(skip)} for s in OURS
     }
     there = {
-        s: {k: said(v) for k, v in nix.config(s).items() if not k.startswith(skip)} for s in ours
+        s: {k: said(v) for k, v in nix.config(s).items() if not k.startswith(skip)} for s in OURS
     }
     return here, there
 
@@ -367,9 +371,9 @@ def accounts(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     assert not nix.at("users.mutableUsers")
     assert not any("assword" in key for account in known.values() for key in account)
     there = {
-        name: (a["uid"], nix.at("users.groups")[name]["gid"], a["home"], a["isNormalUser"])
+        name: (a["uid"], nix.at("users.groups")[name]["gid"], a["home"], "isNormalUser" in a)
         for name, a in known.items()
-        if "uid" in a and (a := {"isNormalUser": False, **a})
+        if "uid" in a  # www-data is given one by NixOS
     }
     return {
         a.name: (a.uid, a.uid, a.home, a.home.startswith("/home/")) for a in plan.accounts
@@ -502,23 +506,20 @@ def announcement(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
 def tls(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     """nginx runs as itself on NixOS and is given a copy of the key."""
     here = {w[0]: " ".join(w[1:]) for w, b in debian.http if not b}
-    host = nix.at("services.nginx.virtualHosts._")
-    there = {
-        w[0]: " ".join(w[1:])
-        for w, b in nginx_blocks(nix.at("services.nginx.commonHttpConfig"))
-        if not b
-    }
-    keys = ("ssl_session_cache", "ssl_session_timeout", "ssl_session_tickets")
     copied = {"/run/rave-ingress/tls-key": "/run/secrets/ingress/tls-key"}
-    assert all(
-        h["onlySSL"] for n, h in nix.at("services.nginx.virtualHosts").items() if n != "status"
-    )
-    return (
-        ["TLSv1.3", "/run/secrets/ingress/tls-cert", "/run/secrets/ingress/tls-key"],
-        [here[k] for k in ("ssl_protocols", "ssl_certificate", "ssl_certificate_key")],
-        [nix.at("services.nginx.sslProtocols"), host["sslCertificate"],
-         copied[host["sslCertificateKey"]]],
-    ) if [here[k] for k in keys] == [there[k] for k in keys] else (keys, here, there)  # fmt: skip
+    hosts = [h for n, h in nix.at("services.nginx.virtualHosts").items() if n != "status"]
+    assert all(h["onlySSL"] for h in hosts)
+    (there,) = {
+        (
+            nix.at("services.nginx.sslProtocols"),
+            h["sslCertificate"],
+            copied[h["sslCertificateKey"]],
+        )
+        for h in hosts
+    }
+    expected = ("TLSv1.3", "/run/secrets/ingress/tls-cert", "/run/secrets/ingress/tls-key")
+    keys = ("ssl_protocols", "ssl_certificate", "ssl_certificate_key")
+    return expected, tuple(here[k] for k in keys), there
 
 
 @row
@@ -542,13 +543,26 @@ def http_directives(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
 def routes(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     here = debian.servers()
     there = nix.servers()
+    realms = {Access.ANYONE: "off", Access.NOBODY: "off"}
+    realms[Access.SIGNED_IN_OR_KEY] = "$rave_router_realm"
     for r in plan.routes:
-        found = here[r.host or "_"].get(r.path) or here[r.host or "_"][f"= {r.path}"]
-        realm = {Access.ANYONE: "off", Access.NOBODY: "off"}
-        realm[Access.SIGNED_IN_OR_KEY] = "$rave_router_realm"
-        assert found.realm == realm.get(r.access), r.name
-        assert (found.upstream is None) == (r.upstream_port is None), r.name
-        assert r.upstream_port is None or f"local-{r.upstream_port}" in (found.upstream or "")
+        host = here[r.host or "_"]
+        found = host.get(r.path) or host[f"= {r.path}"]
+        realm = {f"auth_basic {realms[r.access]}"} if r.access in realms else set()
+        assert {d for d in found if d.startswith("auth_basic")} == realm, r.name
+        upstream = [d.split("/")[2] for d in found if d.startswith("proxy_pass")]
+        assert upstream == ([f"local-{r.upstream_port}"] if r.upstream_port else []), r.name
+    return here, there
+
+
+@row
+def nginx_itself(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    options = nix.at("services.nginx")
+    assert options["user"] == options["group"]
+    blocks = nginx_blocks(debian.text("etc/nginx/nginx.conf"))
+    here = lines_of(blocks) | lines_of(below(blocks, "events"))
+    there = lines_of(nginx_blocks(options["appendConfig"] + options["eventsConfig"]))
+    there |= {f"user {options['user']}", f"error_log {options['logError']}", "pid /run/nginx.pid"}
     return here, there
 
 
@@ -561,7 +575,7 @@ def upstreams(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     }
     there = {
         name: {" ".join(w) for w, _ in nginx_blocks(row["extraConfig"])}
-        | {f"server {s}" for s in row["servers"]}
+        | {" ".join(["server", s, *parameters]) for s, parameters in row["servers"].items()}
         for name, row in nix.at("services.nginx.upstreams").items()
     }
     return here, there
@@ -628,6 +642,34 @@ def mounts(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
 
 
 @row
+def enabled(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    """Each service of the Plan is on, and starts by itself."""
+    on = (
+        "services.nginx", "services.openssh", "services.postgresql", "services.prometheus",
+        "services.prometheus.exporters.node", "networking.nftables", "systemd.network",
+    )  # fmt: skip
+    wanted = "etc/systemd/system/multi-user.target.wants"
+    here = {debian.tree.file(f"{wanted}/{plan.service(s).unit['debian']}").target for s in OURS}
+    there = {tuple(nix.service(s)["wantedBy"]) for s in OURS}
+    assert None not in here
+    return (
+        [dict.fromkeys(on, True), {("multi-user.target",)}],
+        [{path: nix.at(path)["enable"] for path in on}, there],
+    )
+
+
+@row
+def environments(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    here = {
+        s: [debian.unit(s).one("Description"),
+            dict(w.split("=") for w in debian.unit(s).one("Environment").split())]
+        for s in OURS
+    }  # fmt: skip
+    there = {s: [nix.service(s)["description"], nix.service(s)["environment"]] for s in OURS}
+    return here, there
+
+
+@row
 def timers_and_jails(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     """The Plan has none yet: neither may an engine."""
     here = {f.path for f in debian.tree.files if f.path.endswith(".timer") and f.target is None}
@@ -646,20 +688,8 @@ def units(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
         if f.path.startswith(folder)
     }
     there = {f"{name}.service" for name in nix.at("systemd.services")}
-    assert set(plan.units(nixos_engine())) <= there
-    return set(), set(plan.units(debian_engine())) - here
-
-
-def nixos_engine() -> Any:
-    from ravectl.model import EngineName
-
-    return EngineName.NIX
-
-
-def debian_engine() -> Any:
-    from ravectl.model import EngineName
-
-    return EngineName.DEBIAN
+    assert set(plan.units(EngineName.NIX)) <= there
+    return set(), set(plan.units(EngineName.DEBIAN)) - here
 
 
 @pytest.mark.parametrize("profile", PLANS)
@@ -668,6 +698,66 @@ def test_both_engines_and_the_plan_agree(profile: str, name: str) -> None:
     first, *others = ROWS[name](*sides(profile))
     for other in others:
         assert other == first
+
+
+# What only NixOS says: how it boots, what it leaves out, where programs are, how sops-nix works.
+OWN = re.compile(
+    r"boot\.|documentation\.|environment\.(defaultPackages|systemPackages)|nix\.|time\.|"
+    r"fileSystems\..*(device|autoResize)$|networking\.(useDHCP|usePredictable)|"
+    r"sops\.(?!secrets|useTmpfs)|system\.|"
+    r"systemd\.(coredump|network\.wait-online|services\.(serial-)?getty)|"
+    r"systemd\.services\.sops-install-secrets\.|systemd\.tmpfiles\.|"
+    r"systemd\.services\..*\.(ExecStart|ExecStartPre|ExecReload|RuntimeDirectory\.0|postStart)|"
+    r"services\.(resolved|postgresql\.(package|authentication|initdbArgs)|openssh\.openFirewall)|"
+    r"services\.nginx\.virtualHosts\..*\.root$|"
+    r"services\.prometheus\.exporters\.node\.group|"
+    r"users\.(allowNoPasswordLogin|groups\.www-data|users\..*\.(group|shell|is\w+User)$)"
+)
+
+
+def leaves(value: Any, at: tuple[Any, ...] = ()) -> Iterable[tuple[Any, ...]]:
+    if not isinstance(value, dict | list) or not value:
+        yield at
+        return
+    children = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, child in children:
+        yield from leaves(child, (*at, key))
+
+
+def other(value: Any) -> Any:
+    match value:
+        case bool():
+            return not value
+        case int():
+            return value + 1
+        case str():
+            return f"{value}x"
+    return "other"
+
+
+def test_every_setting_is_held_by_a_row_or_is_of_nixos_own() -> None:
+    plan, debian, nix = sides("safe")
+    unheld = []
+    for at in leaves(nix.options):
+        name = ".".join(map(str, at))
+        if OWN.match(name):
+            continue
+        changed = copy.deepcopy(nix.options)
+        inner = changed
+        for key in at[:-1]:
+            inner = inner[key]
+        inner[at[-1]] = other(inner[at[-1]])
+        if all(agree(function, plan, debian, NixOS(changed, plan)) for function in ROWS.values()):
+            unheld.append(name)
+    assert unheld == []
+
+
+def agree(function: Row, plan: Plan, debian: Debian, nix: NixOS) -> bool:
+    try:
+        first, *others = function(plan, debian, nix)
+    except Exception:
+        return False
+    return all(other == first for other in others)
 
 
 def test_rotation_calls_what_both_engines_have() -> None:

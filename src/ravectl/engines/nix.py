@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,10 +106,8 @@ def version() -> tuple[int, ...]:
 
 def version_in(text: str) -> tuple[int, ...]:
     """(2, 18, 1) of `nix (Nix) 2.18.1`; RavectlError when there is no version. Pure."""
-    for word in text.split():
-        parts = word.split(".")
-        if len(parts) > 1 and parts[0].isdigit():
-            return tuple(int(p) for p in parts if p.isdigit())
+    if found := re.search(r"\d+(\.\d+)+", text):
+        return tuple(int(part) for part in found[0].split("."))
     raise RavectlError(f"nix does not say its version: {text.strip()!r}", INSTALL_HINT)
 
 
