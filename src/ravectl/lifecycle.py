@@ -266,7 +266,8 @@ def _handed_over(
         serial = vault.next_serial(instance.require_record().serial)
         values = vault.delivery(plan, shared, machine, [instance.operator_key().public])
         handed = {"age-identity": private.encode() + b"\n"}
-        handed["bundle"] = vault.bundle(plan, values, serial, recipient)
+        engine = instance.require_record().engine
+        handed["bundle"] = vault.bundle_for(engine, plan, values, serial, recipient)
         instance.pin(credentials.ssh_public(machine.values["ssh/host-key"]))
         instance.update(serial=serial, recipient=recipient)
         for name, content in handed.items():

@@ -243,6 +243,12 @@ class Secret:
         """The name of the file that holds the value before the last rotation."""
         return f"{self.name}.previous"
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files in which a guest may have it, below /run/secrets."""
+        more = (self.previous, f"{self.previous}-until") if self.grace_hours else ()
+        return (self.name, *more)
+
 
 @dataclass(frozen=True)
 class Retention:

@@ -25,7 +25,7 @@ def render(
 ) -> RenderedTree:
     """Render every entry of `folder`/`manifest`.
 
-    Templates know the engine by the folder's name; `extra` are more names for them (the
+    Templates know the distribution by the folder's name; `extra` are more names for them (the
     engine's own constants). Raises RavectlError naming the template and line when one is wrong.
     """
     # autoescape is for HTML; here configuration files are made and to_json/quote do the quoting
@@ -40,7 +40,7 @@ def render(
     environment.filters["umask"] = _umask
     environment.filters["nix"] = to_nix
     names = {
-        "plan": plan, "engine": folder.name, "ssh_announcement": SSH_ANNOUNCEMENT, **extra,
+        "plan": plan, "distribution": folder.name, "ssh_announcement": SSH_ANNOUNCEMENT, **extra,
     }  # fmt: skip
     entries: dict[str, Any] = yaml.safe_load((folder / manifest).read_text())
     files = [_file(environment, path, entry or {}, names) for path, entry in entries.items()]

@@ -493,7 +493,7 @@ class Change:
                 f"machine {guest.instance.name!r} was started by an older ravectl",
                 "start it anew: ravectl down; ravectl up",
             )
-        return vault.bundle(guest.plan, good.files, serial, recipient)
+        return vault.bundle_for(guest.engine, guest.plan, good.files, serial, recipient)
 
     # --- the way back ----------------------------------------------------------------------------
 

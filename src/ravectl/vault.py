@@ -25,7 +25,7 @@ import yaml
 
 from ravectl import credentials, files, journal, sops
 from ravectl.errors import RavectlError, UsageError
-from ravectl.model import Plan, Secret, SecretKind, SecretScope
+from ravectl.model import EngineName, Plan, Secret, SecretKind, SecretScope
 from ravectl.workspace import Workspace
 
 FORMAT = 1
@@ -482,6 +482,27 @@ def bundle(plan: Plan, values: Mapping[str, str], serial: int, recipient: str) -
             member.size = len(value.encode())
             tar.addfile(member, io.BytesIO(value.encode()))
     return f"{MAGIC} {serial}\n".encode() + sops.seal(made.getvalue(), recipient)
+
+
+def sops_bundle(plan: Plan, values: Mapping[str, str], serial: int, recipient: str) -> bytes:
+    """What a NixOS guest unpacks: a sops file, encrypted for one identity.
+
+    sops-install-secrets wants every name that its manifest declares, so what a machine does not
+    have is there as well, empty; the guest's helper takes such files away again.
+    """
+    document: dict[str, dict[str, str]] = {}
+    for name in sorted(name for s in plan.delivered() for name in s.files):
+        folder, _, file = name.partition("/")
+        document.setdefault(folder, {})[file] = values.get(name, "")
+    return f"{MAGIC} {serial}\n".encode() + sops.encrypt(document, (recipient,)).encode()
+
+
+def bundle_for(
+    engine: EngineName, plan: Plan, values: Mapping[str, str], serial: int, recipient: str
+) -> bytes:
+    """What a guest of that engine unpacks; both forms start with MAGIC and the serial."""
+    make = sops_bundle if engine is EngineName.NIX else bundle
+    return make(plan, values, serial, recipient)
 
 
 def _folders(name: str) -> list[str]:
