@@ -98,7 +98,8 @@ def fault(kind: str, value: Any) -> str | None:
     if kind.startswith("null or "):
         return None if value is None else fault(kind.removeprefix("null or "), value)
     if kind.startswith("one of "):
-        return None if f"“{value}”" in kind else wrong
+        known = re.findall(r"“([^”]*)”|(-?\d+)", kind)
+        return None if str(value) in {a or b for a, b in known} else wrong
     if kind in ("submodule", "attribute set") or kind.startswith("submodule"):
         return None if isinstance(value, dict) else wrong
     if kind.startswith(("systemd option", "atom", "boolean or", "attribute set of (boolean")):
@@ -193,6 +194,104 @@ def test_two_modules_that_contradict_each_other_are_found(tmp_path: Path) -> Non
         str(tmp_path / "two.nix"),
     )  # fmt: skip
     assert "conflicting definitions of networking.hostName" in done.stderr
+
+
+# --- what the daemons say -----------------------------------------------------------------------
+
+
+def nginx_conf(options: dict[str, Any]) -> str:
+    """nginx.conf in the order in which NixOS' module writes it (in the place of that module)."""
+    text = f"error_log {options['logError']}; events {{ {options['eventsConfig']} }}\n"
+    text += options["appendConfig"] + "http {\n"
+    text += "include /etc/nginx/mime.types; default_type application/octet-stream;\n"
+    for name, row in options["upstreams"].items():
+        servers = "".join(f"server {s};" for s in row["servers"])
+        text += f"upstream {name} {{ {servers} {row['extraConfig']} }}\n"
+    text += f"ssl_protocols {options['sslProtocols']};\n"
+    text += f"map_hash_bucket_size {options['mapHashBucketSize']};\n"
+    text += "map $http_upgrade $connection_upgrade { default upgrade; '' close; }\n"
+    text += f"client_max_body_size {options['clientMaxBodySize']};\n"
+    text += f"server_tokens {'on' if options['serverTokens'] else 'off'};\n"
+    text += options["commonHttpConfig"]
+    for name, host in options["virtualHosts"].items():
+        text += "server {\n"
+        for row in host["listen"]:
+            flags = ["ssl"] * row.get("ssl", False) + ["default_server"] * host.get(
+                "default", False
+            )
+            text += f"listen {row['addr']}:{row['port']} {' '.join(flags)};\n"
+        text += f"server_name {name};\n"
+        if "root" in host:
+            text += f"root {host['root']};\n"
+        if "sslCertificate" in host:
+            text += f"ssl_certificate {host['sslCertificate']};\n"
+            text += f"ssl_certificate_key {host['sslCertificateKey']};\n"
+        for path, row in host["locations"].items():
+            text += f"location {path} {{\n{row.get('extraConfig', '')}\n"
+            for key, word in (("proxyPass", "proxy_pass"), ("tryFiles", "try_files")):
+                text += f"{word} {row[key]};\n" if key in row else ""
+            text += f"return {row['return']};\n}}\n" if "return" in row else "}\n"
+        text += host.get("extraConfig", "") + "}\n"
+    return text + "}\n"
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_nginx_accepts_its_configuration(machine: str, tmp_path: Path) -> None:
+    for name in ("secrets/ingress", "rave-ingress"):
+        (tmp_path / name).mkdir(parents=True)
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
+         "-nodes", "-days", "2", "-subj", "/CN=test",
+         "-keyout", tmp_path / "rave-ingress/tls-key",
+         "-out", tmp_path / "secrets/ingress/tls-cert"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    (tmp_path / "secrets/ingress/htpasswd").write_text("rave:{PLAIN}test\n")
+    key = "k" * 51  # the longest that has room
+    (tmp_path / "rave-ingress/router-key.conf").write_text(
+        'map "$http_x_api_key|$http_authorization" $rave_router_realm {\n'
+        f'  default "RAVE"; "{key}|Bearer {key}" off;\n}}\n'
+        'map $host $rave_router_key { default "key"; }\n'
+    )
+    text = nginx_conf(nixos.values(machine)["services"]["nginx"])
+    text = text.replace("/run/secrets/", f"{tmp_path}/secrets/")
+    text = text.replace("/run/rave-ingress/", f"{tmp_path}/rave-ingress/")
+    conf = tmp_path / "nginx.conf"
+
+    def check(text: str) -> str:
+        conf.write_text(f"pid {tmp_path}/nginx.pid;\n{text}")
+        done = subprocess.run(
+            ["nginx", "-t", "-c", conf, "-p", tmp_path], capture_output=True, text=True, check=False
+        )
+        return "" if done.returncode == 0 else done.stderr
+
+    assert check(text) == ""
+    assert "unknown directive" in check(text.replace("sendfile on", "sendfiles on"))
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_nft_accepts_the_ruleset(machine: str) -> None:
+    (name, table), *rest = nixos.values(machine)["networking"]["nftables"]["tables"].items()
+    assert not rest
+    ruleset = f"table {table['family']} {name} {{\n{table['content']}\n}}\n"
+    done = subprocess.run(
+        ["unshare", "--net", "nft", "--check", "--file", "-"], input=ruleset, text=True,
+        capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_scripts_are_those_of_nixos(machine: str) -> None:
+    scripts = {p.stem: p for p in (nixos.flake() / "modules" / machine / "scripts").glob("*.sh")}
+    assert set(scripts) == {"ingress-config", "roles", "router-config", "secrets"}
+    for path in scripts.values():
+        done = subprocess.run(["bash", "-n", path], capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+        # there is no /usr but for env, and what ravectl calls
+        assert not re.findall(r"/usr/(?!lib/rave)\S+", path.read_text()), path.name
+    assert "sops-install-secrets" in scripts["secrets"].read_text()
+    assert "rave-ingress/tls-key" in scripts["ingress-config"].read_text()
 
 
 # --- the flake ----------------------------------------------------------------------------------

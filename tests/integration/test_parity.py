@@ -529,6 +529,8 @@ def http_directives(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     options = nix.at("services.nginx")
     there |= {
         f"client_max_body_size {options['clientMaxBodySize']}",
+        # NixOS' own map stands above everything that we can say, and knows no more than 128
+        f"map_hash_bucket_size {2 * options['mapHashBucketSize']}",
         f"server_tokens {'on' if options['serverTokens'] else 'off'}",
         f"ssl_protocols {options['sslProtocols']}",
         "include /etc/nginx/mime.types",
