@@ -20,7 +20,7 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 from ravectl import command, files, kvm
-from ravectl.engines import debian
+from ravectl.engines import debian, nix
 from ravectl.errors import DeadlineError, RavectlError
 
 T = TypeVar("T")
@@ -29,7 +29,7 @@ T = TypeVar("T")
 CACHE_BYTES = 6 * 2**30
 TMP_BYTES = 2 * 2**30
 MEMORY_MB = 2560  # a machine of profile safe with QEMU beside it
-NIX_VERSION = (2, 18)  # the oldest that evaluates the nixpkgs we pin
+NIX_VERSION = nix.OLDEST
 VERSION_SECONDS = 30.0
 KEYRINGS = Path("/usr/share/keyrings")
 

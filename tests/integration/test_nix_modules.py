@@ -345,6 +345,26 @@ def test_a_workspace_may_have_another_profile(tmp_path: Path) -> None:
     assert values["networking"]["hostName"] == "rave-mine"
 
 
+def test_the_example_imports_our_modules(tmp_path: Path) -> None:
+    example = Path(__file__).resolve().parents[2] / "examples" / "nixos-module"
+    attributes = [".config.networking.hostName", ".config.services.prometheus.retentionTime"]
+    attributes.append(".config.systemd.services.prometheus.serviceConfig.MemoryMax")
+    seen = []
+    for attribute in attributes:
+        done = subprocess.run(
+            ["nix", "eval", "--json",
+             f"path:{example}#nixosConfigurations.workbench{attribute}",
+             "--override-input", "rave", f"path:{nixos.flake()}",
+             "--override-input", "rave/nixpkgs", f"path:{nixos.STANDINS / 'nixpkgs'}",
+             "--override-input", "rave/sops-nix", f"path:{nixos.STANDINS / 'sops-nix'}",
+             "--no-write-lock-file"],
+            env=nixos.environment(tmp_path), capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        seen.append(json.loads(done.stdout))
+    assert seen == ["workbench", "30d", "1G"]
+
+
 # --- values as Nix ------------------------------------------------------------------------------
 
 

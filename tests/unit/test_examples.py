@@ -18,7 +18,7 @@ def plan_of(folder: str) -> Plan:
     return make_plan(**chosen.plan_arguments())
 
 
-@pytest.mark.parametrize("folder", sorted(p.name for p in EXAMPLES.iterdir() if p.is_dir()))
+@pytest.mark.parametrize("folder", sorted(p.parent.name for p in EXAMPLES.glob("*/rave.yaml")))
 def test_gives_a_plan_and_is_told_about(folder: str) -> None:
     assert plan_of(folder).profile == folder
     assert "ravectl up" in (EXAMPLES / folder / "README.md").read_text()
