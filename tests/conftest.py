@@ -27,7 +27,8 @@ class Tool:
 
     @property
     def environment(self) -> dict[str, str]:
-        own = {"RAVECTL_WORKSPACE": str(self.workspace)}
+        # tests of the nix engine say so
+        own = {"RAVECTL_WORKSPACE": str(self.workspace), "RAVECTL_ENGINE": "debian"}
         if self.cache:
             own["RAVECTL_CACHE_DIR"] = str(self.cache)
         return {**os.environ, **own}

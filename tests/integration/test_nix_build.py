@@ -81,6 +81,7 @@ class NixTool(Tool):
         return {
             **nixos.environment(self.folder / "nix", known),
             **super().environment,
+            "RAVECTL_ENGINE": "auto",
             "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
             "TMPDIR": str(self.folder),  # where Nix builds
         }

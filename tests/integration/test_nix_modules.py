@@ -6,6 +6,7 @@ nixpkgs itself cannot be had on every host that runs this.
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -335,6 +336,36 @@ def test_the_lock_is_of_the_flake() -> None:
         url = "/".join(filter(None, (o["owner"], o["repo"], o.get("ref"))))
         assert f'{name}.url = "github:{url}"' in source
     assert nodes["sops-nix"]["inputs"]["nixpkgs"] == ["nixpkgs"]
+
+
+def test_nix_finds_the_lock_complete(tmp_path: Path) -> None:
+    # it would have to ask the network otherwise, or is forbidden to write
+    done = subprocess.run(
+        ["nix", "flake", "metadata", "--json", "--no-update-lock-file", f"path:{nixos.flake()}"],
+        env=nixos.environment(tmp_path), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    nodes = json.loads(done.stdout)["locks"]["nodes"]
+    assert set(nodes) == {"root", "nixpkgs", "sops-nix"}
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_the_vm_test_is_python(machine: str) -> None:
+    """It cannot run here: that it would not fail by a slip is all that is shown."""
+    check = nixos.flake() / "modules" / machine / "check.nix"
+    standins = nixos.STANDINS / "nixpkgs"
+    done = nixos.instantiate(
+        "--eval", "--strict", "--json", "--expr",
+        f"((import {check} {{ module = {{ }}; }}) {{ lib = import {standins}/lib.nix; "
+        f"pkgs = import {standins}/pkgs.nix; }}).testScript",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    script = ast.parse(json.loads(done.stdout))
+    names = [n for n in ast.walk(script) if isinstance(n, ast.Name)]
+    made = {n.id for n in names if isinstance(n.ctx, ast.Store)}
+    assert {n.id for n in names} - made == {"machine", "subtest", "shlex", "int", "set"}
+    subtests = [n for n in ast.walk(script) if isinstance(n, ast.With)]
+    assert len(subtests) == 8
 
 
 def test_a_workspace_may_have_another_profile(tmp_path: Path) -> None:

@@ -36,7 +36,10 @@ ProfileName = Annotated[
     str | None, typer.Option("--profile", "-p", help="A profile by name: see ravectl profiles.")
 ]
 Engine = Annotated[
-    str, typer.Option("--engine", help="nix, debian, or auto: nix where it can build here.")
+    str,
+    typer.Option(
+        "--engine", envvar="RAVECTL_ENGINE", help="nix, debian, or auto: nix where it can build."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 
