@@ -64,7 +64,13 @@ def test_a_machine_has_every_concern(machine: str) -> None:
     folder = nixos.flake() / "modules" / machine
     imports = re.findall(r"\./([\w-]+)\.nix", (folder / "default.nix").read_text())
     assert tuple(imports) == CONCERNS
-    assert {p.stem for p in folder.glob("*.nix")} == {*CONCERNS, "default", "sandbox", "check"}
+    assert {p.stem for p in folder.glob("*.nix")} == {
+        *CONCERNS,
+        "default",
+        "sandbox",
+        "need",
+        "check",
+    }
     # and nothing is rendered that no module reads
     text = "".join(p.read_text() for p in folder.glob("*.nix"))
     for path in [*folder.glob("files/*"), *folder.glob("scripts/*")]:
@@ -285,7 +291,7 @@ def test_nft_accepts_the_ruleset(machine: str) -> None:
 @pytest.mark.parametrize("machine", MACHINES)
 def test_scripts_are_those_of_nixos(machine: str) -> None:
     scripts = {p.stem: p for p in (nixos.flake() / "modules" / machine / "scripts").glob("*.sh")}
-    assert set(scripts) == {"ingress-config", "roles", "router-config", "secrets"}
+    assert set(scripts) == {"ingress-config", "need", "roles", "router-config", "secrets"}
     for path in scripts.values():
         done = subprocess.run(["bash", "-n", path], capture_output=True, check=False)
         assert done.returncode == 0, done.stderr

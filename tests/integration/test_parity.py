@@ -399,15 +399,16 @@ def sudo(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
 def needed_secrets(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     """The files without which a service does not start."""
     required = vault.required(plan)
-    expected = {
-        s.name: [f"/run/secrets/{n}" for n in s.secrets if n in required] for s in plan.services
-    }
-    here = {s.name: debian.unit(s.name).get("AssertPathExists", []) for s in plan.services}
-    there = {
-        s.name: nix.service(s.name).get("unitConfig", {}).get("AssertPathExists", [])
-        for s in plan.services
-    }
-    return expected, here, there
+    expected = {s.name: [n for n in s.secrets if n in required] for s in plan.services}
+    here = {s.name: debian.unit(s.name).get("ExecCondition", [""])[-1] for s in plan.services}
+    there = {s.name: nix.config(s.name).get("ExecCondition", "") for s in plan.services}
+    for command in (*here.values(), *there.values()):
+        assert not command or command.split()[0].endswith("need")
+    return (
+        expected,
+        {name: command.split()[1:] for name, command in here.items()},
+        {name: command.split()[1:] for name, command in there.items()},
+    )
 
 
 @row
