@@ -234,6 +234,24 @@ def test_a_lock_and_a_flake(tool: NixTool, tmp_path: Path) -> None:
     assert "flake.lock is damaged" in tool.build(code=1).stderr
 
 
+def test_todays_revisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of inputs that this host has: the real `nix flake update` writes the lock."""
+    shutil.copytree(nixos.STANDINS / "nixpkgs", tmp_path / "nixpkgs")
+    flake = tmp_path / "flake"
+    flake.mkdir()
+    (flake / "flake.nix").write_text(
+        f'{{ inputs.nixpkgs.url = "path:{tmp_path}/nixpkgs"; outputs = _: {{ }}; }}'
+    )
+    for name, value in nixos.environment(tmp_path / "nix").items():
+        monkeypatch.setenv(name, value)
+    seen = []
+    for content in ("one", "two"):
+        (tmp_path / "nixpkgs" / "content").write_text(content)
+        text = nix.updated_lock(flake, oldest=(2, 4))
+        seen.append(json.loads(text)["nodes"]["nixpkgs"]["locked"]["narHash"])
+    assert len(set(seen)) == 2
+
+
 # --- bad days -----------------------------------------------------------------------------------
 
 
@@ -318,6 +336,17 @@ def test_something_cannot_be_downloaded(tool: NixTool) -> None:
     assert re.search("building linux failed|could not download", done.stderr)
     assert f"{DEAD}/linux" in done.stderr
     assert tool.leftovers() == []
+
+
+def test_no_revisions_can_be_had(tool: NixTool) -> None:
+    tool("lock")
+    lock = tool.workspace / "flake.lock"
+    before = lock.read_text()
+    tool.configure("download-attempts = 1\n")
+    done = tool("lock", "--update", code=1, env={"https_proxy": DEAD, "HTTPS_PROXY": DEAD})
+    assert "nix failed" in done.stderr
+    assert "check that this host reaches the flake's inputs" in done.stderr
+    assert lock.read_text() == before
 
 
 def test_without_a_network_what_is_there_must_do(tool: NixTool) -> None:

@@ -55,6 +55,21 @@ def test_a_failed_derivation_is_named_with_its_last_lines() -> None:
     assert log.errors[0].endswith("failed with exit code 7")
 
 
+def test_a_failure_may_be_told_after_the_end() -> None:
+    """As Nix 2.31 does, in other words."""
+    log = Log()
+    drv = f"/nix/store/{'a' * 32}-rust-1.0.drv"
+    for event in (
+        {"action": "start", "id": 1, "type": nixlog.BUILD, "fields": [drv, "", 1, 1]},
+        {"action": "result", "id": 1, "type": nixlog.BUILD_LOG_LINE, "fields": ["no space"]},
+        {"action": "stop", "id": 1},
+        {"action": "msg", "level": 0, "msg": f"error: Cannot build '{drv}'.\n  Reason: it failed"},
+    ):
+        log.feed(nixlog.PREFIX + json.dumps(event))
+    assert [a.name for a in log.failed] == ["rust-1.0"]
+    assert log.tail() == "no space"
+
+
 def test_an_evaluation_that_failed() -> None:
     log, said = read("not-evaluated")
     assert log.errors == ["no such thing"]

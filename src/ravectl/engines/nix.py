@@ -207,11 +207,12 @@ def failure(log: nixlog.Log, wanted: Build) -> RavectlError:
             details="\n".join(log.errors),
         )  # fmt: skip
     if log.failed:
-        name = log.failed[0].name
+        # newer ones say in a line of its own why
+        why = [w.strip() for w in log.errors[0].splitlines() if w.strip().startswith("Reason:")]
         return RavectlError(
-            f"building {name} failed",
+            f"building {log.failed[0].name} failed",
             "see the whole log: nix log of the derivation below",
-            details="\n".join(filter(None, (log.tail(), first))),
+            details="\n".join(filter(None, (log.tail(), first, *why))),
         )
     if any("unable to download" in text for text in (*log.warnings, *log.errors)):
         hint = "check that the substituters answer"

@@ -15,6 +15,7 @@ from typing import Any
 
 PREFIX = "@nix "
 TAIL_LINES = 15  # of a derivation's log, in an error
+MAX_ENDED = 256  # activities remembered after they stopped
 
 # kinds of activities
 FILE_TRANSFER, REALISE, COPY_PATHS, BUILDS, BUILD, SUBSTITUTE = 101, 102, 103, 104, 105, 108
@@ -57,6 +58,8 @@ class Log:
         self.other: deque[str] = deque(maxlen=TAIL_LINES)  # lines that are not in the format
         self.failed: list[Activity] = []
         self._running: dict[int, Activity] = {}
+        # that a derivation failed may be said after it stopped
+        self._ended: deque[Activity] = deque(maxlen=MAX_ENDED)
         self._bytes: dict[int, int] = {}  # by transfer
         self._expected_bytes = 0
 
@@ -79,7 +82,8 @@ class Log:
                 name = derivation_name(str(fields[0]))
                 self._running[event["id"]] = Activity(event["type"], name)
             case "stop":
-                self._running.pop(event["id"], None)
+                if ended := self._running.pop(event["id"], None):
+                    self._ended.append(ended)
             case "result":
                 self._result(event["id"], event["type"], event["fields"])
             case "msg":
@@ -106,12 +110,10 @@ class Log:
     def _message(self, level: int, text: str) -> None:
         if level == ERROR:
             self.errors.append(text.removeprefix("error: "))
-            self.failed += [a for a in self._builds() if f"-{a.name}.drv'" in text]
+            builds = [a for a in (*self._running.values(), *self._ended) if a.kind == BUILD]
+            self.failed += [a for a in builds if f"-{a.name}.drv'" in text]
         elif level == WARNING:
             self.warnings.append(text.removeprefix("warning: "))
-
-    def _builds(self) -> list[Activity]:
-        return [a for a in self._running.values() if a.kind == BUILD]
 
     @property
     def downloaded(self) -> Count:
@@ -127,7 +129,7 @@ class Log:
         if self.fetched.expected:
             mb = Count(*(n // 2**20 for n in (self.downloaded.done, self.downloaded.expected)))
             parts.append(f"fetched {self.fetched} ({mb} MB)")
-        builds = self._builds()
+        builds = [a for a in self._running.values() if a.kind == BUILD]
         fetches = [a for a in self._running.values() if a.kind == SUBSTITUTE]
         if builds:
             last = builds[-1]
