@@ -44,7 +44,9 @@ def engine_name(name: str) -> EngineName | None:
     return None if name == "auto" else EngineName(name)
 
 
-def choose_engine(asked: EngineName | None, fmt: ImageFormat, settings: NixSettings) -> EngineName:
+def choose_engine(
+    asked: EngineName | None, fmt: ImageFormat, settings: NixSettings, *, offline: bool = False
+) -> EngineName:
     """The engine that makes an image: the one asked for, else nix where it can, else debian.
 
     Says which and why, when nobody asked. Raises HostError when only nix makes the format and
@@ -52,9 +54,9 @@ def choose_engine(asked: EngineName | None, fmt: ImageFormat, settings: NixSetti
     """
     if asked is not None:
         return asked
-    why = nix.unusable(settings)
+    why = nix.unusable(settings, offline=offline)
     if why is None:
-        console.note("engine nix: its substituters answer")
+        console.note(f"engine nix: {'nix is there' if offline else 'its substituters answer'}")
         return EngineName.NIX
     if not fmt.boots_directly:
         raise HostError(f"only the nix engine makes {fmt}, and {why}", nix.INSTALL_HINT)

@@ -351,7 +351,9 @@ def test_no_revisions_can_be_had(tool: NixTool) -> None:
 
 def test_without_a_network_what_is_there_must_do(tool: NixTool) -> None:
     tool.configure(f"extra-substituters = {DEAD}\n")
-    assert "is made" in tool.build("--offline").stderr
+    done = tool("build", "--offline")
+    assert "engine nix: nix is there" in done.stderr
+    assert "is made" in done.stderr
 
 
 def test_what_nix_collected_is_made_again(tool: NixTool) -> None:

@@ -112,32 +112,37 @@ def lock(
         print(f"{pin.name:<10} {pin.revision}  {pin.nar_hash}")
 
 
+Format = Annotated[
+    str, typer.Option("--format", help="qcow2, raw; by the nix engine those of NixOS, too.")
+]
+Offline = Annotated[bool, typer.Option("--offline", help="nix: what is in the Nix store must do.")]
+Compress = Annotated[
+    bool, typer.Option("--compress", help="Compress the qcow2 (zstd): smaller, slower.")
+]
+Locked = Annotated[
+    bool, typer.Option("--locked", help="Refuse anything that differs from rave.lock.")
+]
+Update = Annotated[
+    bool, typer.Option("--update", help="Take the packages (nix: the revisions) of today.")
+]
+Check = Annotated[bool, typer.Option("--check", help="Build twice and compare the bits.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Also write the disk to this file.")
+]
+
+
 def build(
     safe: options.Safe = False,
     full_pipe: options.FullPipe = False,
     profile: options.ProfileName = None,
-    form: Annotated[
-        str, typer.Option("--format", help="qcow2, raw; by the nix engine those of NixOS, too.")
-    ] = "qcow2",
+    form: Format = "qcow2",
     engine: options.Engine = "auto",
-    offline: Annotated[
-        bool, typer.Option("--offline", help="nix: what is in the Nix store must do.")
-    ] = False,
-    compress: Annotated[
-        bool, typer.Option("--compress", help="Compress the qcow2 (zstd): smaller, slower.")
-    ] = False,
-    locked: Annotated[
-        bool, typer.Option("--locked", help="Refuse anything that differs from rave.lock.")
-    ] = False,
-    update: Annotated[
-        bool, typer.Option("--update", help="Take the packages that the mirror has today.")
-    ] = False,
-    check: Annotated[
-        bool, typer.Option("--check", help="Build twice from nothing and compare the bits.")
-    ] = False,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Also write the disk to this file.")
-    ] = None,
+    offline: Offline = False,
+    compress: Compress = False,
+    locked: Locked = False,
+    update: Update = False,
+    check: Check = False,
+    output: Output = None,
     as_json: options.AsJson = False,
     workspace: options.Folder = None,
 ) -> None:
@@ -154,13 +159,13 @@ def build(
         make_plan(**chosen.plan_arguments()),
         fmt,
         compress=compress,
-        engine=building.choose_engine(asked, fmt, chosen.nix_settings()),
+        engine=building.choose_engine(asked, fmt, chosen.nix_settings(), offline=offline),
         nix=chosen.nix_settings(),
         offline=offline,
     )
     if check:
         digest = building.check(request, space)
-        console.note(f"built twice from nothing: the same bits (disk sha256 {digest})")
+        console.note(f"built twice: the same bits (disk sha256 {digest})")
         return
     image = building.build(request, space, locked=locked, update=update)
     if output is not None:

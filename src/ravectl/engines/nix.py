@@ -122,12 +122,17 @@ def require(oldest: tuple[int, ...] = OLDEST) -> None:
         )
 
 
-def unusable(settings: NixSettings, oldest: tuple[int, ...] = OLDEST) -> str | None:
-    """Why an image cannot be built here with Nix, None when it can."""
+def unusable(settings: NixSettings, *, offline: bool) -> str | None:
+    """Why an image cannot be built here with Nix, None when it can.
+
+    `offline` nobody is asked for what is in the store already.
+    """
     try:
-        require(oldest)
+        require()
     except RavectlError as e:
         return e.message
+    if offline:
+        return None
     caches = substituters(settings)
     if not caches:
         return "nix.conf names no substituter, and building everything here takes a night"
