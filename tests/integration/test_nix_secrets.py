@@ -91,7 +91,8 @@ class Machine:
             ["unshare", "--mount", "sh", "-euc", ENTER, "sh", self.folder / "run",
              self.folder / "lib", self.folder / "etc", "bash", helper, *words],
             env={
-                "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
+                # sops is beside the Python that runs us
+                "PATH": f"{self.folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
                 "SECRETS_MANIFEST": str(self.folder / "manifest.json"),
                 "HOME": "/var/empty",
             },
