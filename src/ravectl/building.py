@@ -59,8 +59,8 @@ def choose_engine(
         console.note(f"engine nix: {'nix is there' if offline else 'its substituters answer'}")
         return EngineName.NIX
     if not fmt.boots_directly:
-        raise HostError(f"only the nix engine makes {fmt}, and {why}", nix.INSTALL_HINT)
-    console.note(f"engine debian: {why}")
+        raise HostError(f"only the nix engine makes {fmt}, and {why[0]}", why[1])
+    console.note(f"engine debian: {why[0]}")
     return EngineName.DEBIAN
 
 

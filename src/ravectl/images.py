@@ -147,7 +147,8 @@ def ensure_image(inputs: Inputs | NixInputs) -> tuple[Image, bool]:
     left but the cached base.
     """
     store = files.make_dir(store_dir())
-    folder = store / inputs.digest
+    digest = inputs.digest
+    folder = store / digest
     if found := _stored(folder):
         return found, False
     if isinstance(inputs, Inputs):
@@ -157,6 +158,8 @@ def ensure_image(inputs: Inputs | NixInputs) -> tuple[Image, bool]:
     with files.lock(store / "lock", "the image store", wait=True):
         if found := _stored(folder):
             return found, False
+        if isinstance(inputs, NixInputs) and not nix.root_of(files.cache_dir(), digest).exists():
+            build_nixos(inputs)  # gc let go of it meanwhile
         with files.staging(store, "making") as stage:
             files.require_space(store, IMAGE_BYTES, "an image")
             make_image(inputs, stage / "image")
@@ -213,20 +216,22 @@ def _make_debian(inputs: Inputs, target: Path) -> None:
 def build_nixos(inputs: NixInputs, *, rebuild: bool = False) -> nix.Built:
     """What Nix makes of these inputs, kept from its garbage collector.
 
-    With `rebuild` it is built once more and compared. Raises as nix.build does.
+    With `rebuild` its disk is built once more and compared: the file system, or what NixOS makes of
+    it in another format, not what only names or converts that. Raises as nix.build does.
     """
     link = nix.root_of(files.cache_dir(), inputs.digest)
+    attribute = nix.attribute(inputs.plan.hostname, inputs.format)
     with nix.written(lambda folder: write_tree(inputs.tree, folder)) as flake:
         wanted = nix.Build(
             flake,
-            nix.attribute(inputs.plan.hostname, inputs.format),
+            f"{attribute}.made" if rebuild else attribute,
             inputs.settings,
             offline=inputs.offline,
             rebuild=rebuild,
         )
         again = " --rebuild" if rebuild else ""
         with console.step(f"nix build{again} {wanted.attribute}") as step:
-            nix.build(wanted, link, step.update)
+            nix.build(wanted, None if rebuild else link, step.update)
     return nix.Built(link)
 
 

@@ -20,8 +20,10 @@ from pathlib import Path
 
 import pytest
 
-from ravectl import files, images
+from ravectl import building, files, images, profile
 from ravectl.engines import nix
+from ravectl.model import ImageFormat, NixSettings
+from ravectl.plan import make_plan
 from tests import nixos
 from tests.conftest import Tool
 
@@ -183,14 +185,64 @@ def test_the_same_bits_twice(tool: NixTool) -> None:
     assert "the same bits" in done.stderr
 
 
-def test_other_bits(tool: NixTool) -> None:
+@pytest.mark.parametrize(
+    ("noisy", "form"), [("ext4-fs.img", "qcow2"), ("image-iso", "iso")], ids=["disk", "format"]
+)
+def test_other_bits(tool: NixTool, noisy: str, form: str) -> None:
+    """Not in what only converts or names the disk, but in the disk."""
+    quiet = tool.build("--check", "--format", form)
+    assert "built twice: the same bits" in quiet.stderr
+    more = "if [ -d $out ]; then date +%N >$out/noise; else date +%N >>$out; fi"
     tool.change(
         "pkgs.nix",
         "          script\n",
-        '          (script + (if name == "rave-safe" then "date +%N >$out/noise" else ""))\n',
+        f'          (script + (if name == "{noisy}" then "\\n{more}" else ""))\n',
     )
-    done = tool.build("--check", code=1)
+    done = tool.build("--check", "--format", form, code=1)
     assert "two builds of the same inputs differ" in done.stderr
+
+
+def test_choosing_an_engine_makes_nothing(tool: NixTool, tmp_path: Path) -> None:
+    typo = tmp_path / "typo"
+    (tool.workspace / "rave.yaml").write_text(
+        f"extends: safe\nnix: {{substituters: ['file://{typo}']}}\n"
+    )
+    done = tool("build", "--format", "iso", code=4)
+    assert "only the nix engine makes iso, and no substituter answers" in done.stderr
+    assert "debian" not in done.stderr.partition("fix:")[2]
+    assert not typo.exists()
+
+
+def test_gc_while_nix_builds(tool: NixTool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Nix made is let go before it is copied: then it is asked for once more."""
+    monkeypatch.setenv("RAVECTL_CACHE_DIR", str(tool.folder / "ravectl"))
+    for name, value in tool.environment.items():
+        monkeypatch.setenv(name, value)
+    plan = make_plan(**profile.load("safe", None).plan_arguments())
+    inputs = images.resolve_nixos(plan, ImageFormat.QCOW2, NixSettings(), offline=True)
+    build, calls = images.build_nixos, []
+
+    def build_and_collect(inputs: images.NixInputs) -> nix.Built:
+        made = build(inputs)
+        calls.append(inputs)
+        if len(calls) == 1:
+            building.collect(dry_run=False)
+        return made
+
+    monkeypatch.setattr(images, "build_nixos", build_and_collect)
+    image, made = images.ensure_image(inputs)
+    assert made
+    assert image.disk.stat().st_size > 0
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    "words", [("--locked",), ("--update", "--offline"), ("--check", "-o", "x")]
+)
+def test_options_that_do_not_go_together(tool: NixTool, words: tuple[str, ...]) -> None:
+    done = tool.build(*words, code=2)
+    assert "error: " in done.stderr
+    assert "fix: " in done.stderr
 
 
 def test_the_engine_is_chosen(tool: NixTool, tmp_path: Path) -> None:
@@ -309,7 +361,7 @@ def test_nix_is_missing(tool: NixTool, tmp_path: Path) -> None:
     for words in (["--engine", "nix"], ["--format", "iso"]):
         done = tool("build", *words, code=4, env={"PATH": str(tools)})
         assert "nix is not installed on this host" in done.stderr
-        assert "fix: install it" in done.stderr
+        assert "fix: install Nix" in done.stderr
 
 
 def test_nix_is_too_old(tool: NixTool) -> None:

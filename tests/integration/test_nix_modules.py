@@ -10,6 +10,7 @@ import ast
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -355,8 +356,20 @@ def test_nix_finds_the_lock_complete(tmp_path: Path) -> None:
     assert set(nodes) == {"root", "nixpkgs", "sops-nix"}
 
 
+DRIVER_STUBS = """
+from contextlib import AbstractContextManager
+class Machine:
+    def wait_for_unit(self, unit: str) -> None: ...
+    def wait_until_succeeds(self, command: str) -> str: return ""
+    def succeed(self, command: str) -> str: return ""
+    def fail(self, command: str) -> str: return ""
+machine = Machine()
+def subtest(name: str) -> AbstractContextManager[None]: raise NotImplementedError
+"""
+
+
 @pytest.mark.parametrize("machine", MACHINES)
-def test_the_vm_test_is_python(machine: str) -> None:
+def test_the_vm_test_is_python(machine: str, tmp_path: Path) -> None:
     """It cannot run here: that it would not fail by a slip is all that is shown."""
     check = nixos.flake() / "modules" / machine / "check.nix"
     standins = nixos.STANDINS / "nixpkgs"
@@ -372,6 +385,14 @@ def test_the_vm_test_is_python(machine: str) -> None:
     assert {n.id for n in names} - made == {"machine", "subtest", "shlex", "int", "set"}
     subtests = [n for n in ast.walk(script) if isinstance(n, ast.With)]
     assert len(subtests) == 8
+    # NixOS' driver does not start a script that mypy objects to
+    file = tmp_path / "script.py"
+    file.write_text(f"{DRIVER_STUBS}\n{json.loads(done.stdout)}")
+    checked = subprocess.run(
+        [sys.executable, "-m", "mypy", "--no-incremental", "--config-file=", file],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert checked.returncode == 0, checked.stdout
 
 
 def test_a_workspace_may_have_another_profile(tmp_path: Path) -> None:

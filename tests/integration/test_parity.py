@@ -710,6 +710,7 @@ OWN = re.compile(
     r"sops\.(?!secrets|useTmpfs)|system\.|"
     r"systemd\.(coredump|network\.wait-online|services\.(serial-)?getty)|"
     r"systemd\.services\.sops-install-secrets\.|systemd\.tmpfiles\.|"
+    r"systemd\.services\.vibe-kanban\.path\.|"
     r"systemd\.services\..*\.(ExecStart|ExecStartPre|ExecReload|RuntimeDirectory\.0|postStart)|"
     r"services\.(resolved|postgresql\.(package|authentication|initdbArgs)|openssh\.openFirewall)|"
     r"services\.nginx\.virtualHosts\..*\.root$|"

@@ -77,6 +77,30 @@ def test_an_evaluation_that_failed() -> None:
     assert said == []
 
 
+def test_the_cause_is_told_and_not_the_trace_before_it() -> None:
+    """Nix 2.26 writes the trace first, and the cause apart as raw_msg."""
+    log = Log()
+    trace = "error:\n       … while calling 'throw'\n\n       error: no kernel today"
+    event = {"action": "msg", "level": 0, "raw_msg": "no kernel today", "msg": trace}
+    log.feed(nixlog.PREFIX + json.dumps(event))
+    log.feed(nixlog.PREFIX + json.dumps({"action": "msg", "level": 0, "msg": "error: "}))
+    assert log.errors[0] == "no kernel today"
+    log.failed.clear()
+    assert log.tail() == ""
+
+
+def test_the_derivation_that_failed_is_the_one_that_is_named() -> None:
+    """Not another, whose name is the end of its name."""
+    log = Log()
+    paths = [f"/nix/store/{c * 32}-{n}.drv" for c, n in (("a", "image"), ("b", "vm-image"))]
+    for number, path in enumerate(paths):
+        start = {"action": "start", "id": number, "type": nixlog.BUILD, "fields": [path, "", 1, 1]}
+        log.feed(nixlog.PREFIX + json.dumps(start))
+    said = {"action": "msg", "level": 0, "msg": f"error: builder for '{paths[1]}' failed"}
+    log.feed(nixlog.PREFIX + json.dumps(said))
+    assert [a.name for a in log.failed] == ["vm-image"]
+
+
 def test_a_cache_that_does_not_answer() -> None:
     log, _ = read("unreachable")
     assert any("unable to download" in w for w in log.warnings)

@@ -12,7 +12,7 @@ from ravectl.cli import options
 from ravectl.errors import UsageError
 
 if TYPE_CHECKING:
-    from ravectl.model import Plan
+    from ravectl.model import EngineName, Plan
     from ravectl.workspace import Workspace
 
 
@@ -163,6 +163,7 @@ def build(
         nix=chosen.nix_settings(),
         offline=offline,
     )
+    _require_consistent(request.engine, locked, update, offline, check, output)
     if check:
         digest = building.check(request, space)
         console.note(f"built twice: the same bits (disk sha256 {digest})")
@@ -181,6 +182,19 @@ def build(
         )
     else:
         print(image.disk if output is None else output)
+
+
+def _require_consistent(
+    engine: EngineName, locked: bool, update: bool, offline: bool, check: bool, output: Path | None
+) -> None:
+    if locked and engine.value == "nix":
+        raise UsageError(
+            "--locked is for the debian engine", "leave it out: flake.lock always holds for nix"
+        )
+    if update and offline:
+        raise UsageError("--update and --offline contradict each other", "give one of them")
+    if check and output is not None:
+        raise UsageError("--check keeps no image to write out", "leave -o out, or --check")
 
 
 def gc(

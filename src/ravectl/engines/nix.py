@@ -28,7 +28,8 @@ BUILD_SECONDS = 6 * 3600.0  # without a binary cache it is a night
 ASK_SECONDS = 60.0
 PING_SECONDS = 20.0
 CONNECT_SECONDS = "5"
-INSTALL_HINT = "install it (apt-get install nix-bin on Debian 13), or use --engine debian"
+INSTALL_HINT = "install Nix 2.18 or later (apt-get install nix-bin on Debian 13)"
+DEBIAN_HINT = "or use --engine debian"
 
 # image formats of NixOS that boot by themselves -> whether it is GRUB by which they do
 FORMATS = {
@@ -100,8 +101,10 @@ def arguments(build: Build, link: Path | None) -> list[str]:
 def version() -> tuple[int, ...]:
     """The version of the host's Nix; HostError when there is none, or it does not run."""
     command.find_tool("nix", INSTALL_HINT)
-    said = command.run(["nix", "--version"], timeout=ASK_SECONDS, hint=INSTALL_HINT).stdout
-    return version_in(said)
+    result = command.run(["nix", "--version"], timeout=ASK_SECONDS, check=False)
+    if result.returncode != 0:
+        raise HostError(f"nix does not run (exit {result.returncode})", INSTALL_HINT)
+    return version_in(result.stdout)
 
 
 def version_in(text: str) -> tuple[int, ...]:
@@ -118,26 +121,28 @@ def require(oldest: tuple[int, ...] = OLDEST) -> None:
         shown, need = (".".join(map(str, v)) for v in (seen, oldest))
         raise HostError(
             f"nix {shown} is too old: the flake needs {need} or later",
-            "install a newer one (Debian 13 has 2.26), or use --engine debian",
+            f"install a newer one (Debian 13 has 2.26), {DEBIAN_HINT}",
         )
 
 
-def unusable(settings: NixSettings, *, offline: bool) -> str | None:
-    """Why an image cannot be built here with Nix, None when it can.
+def unusable(settings: NixSettings, *, offline: bool) -> tuple[str, str] | None:
+    """Why an image cannot be built here with Nix, and what mends that; None when it can.
 
     `offline` nobody is asked for what is in the store already.
     """
     try:
         require()
     except RavectlError as e:
-        return e.message
+        return e.message, INSTALL_HINT
+    remedy = "name one that answers (nix.substituters in rave.yaml); or use what is in the store: "
+    remedy += "--offline; or build all of it from source: --engine nix"
     if offline:
         return None
     caches = substituters(settings)
     if not caches:
-        return "nix.conf names no substituter, and building everything here takes a night"
+        return "nix.conf names no substituter, and building everything here takes a night", remedy
     if not any(_answers(url) for url in caches):
-        return f"no substituter answers ({', '.join(map(_shown, caches))})"
+        return f"no substituter answers ({', '.join(map(_shown, caches))})", remedy
     return None
 
 
@@ -161,6 +166,9 @@ def _shown(url: str) -> str:
 
 def _answers(url: str) -> bool:
     """Whether a binary cache can be asked for paths."""
+    if url.startswith("file://"):
+        # asked, Nix would make the folder
+        return (Path(urlsplit(url).path) / "nix-cache-info").is_file()
     options = ["--option", "connect-timeout", CONNECT_SECONDS, "--option", "download-attempts", "1"]
     try:
         result = command.run(
@@ -301,6 +309,9 @@ def pins(text: str, where: Path) -> tuple[Pin, ...]:
     try:
         nodes = json.loads(text)["nodes"]
         found = {name: nodes[node]["locked"] for name, node in nodes["root"]["inputs"].items()}
+        # Nix would look one up that the lock does not name
+        for name in ("nixpkgs", "sops-nix"):
+            found[name]
         return tuple(Pin(n, str(v["rev"]), str(v["narHash"])) for n, v in sorted(found.items()))
     except (ValueError, KeyError, TypeError) as e:
         raise RavectlError(

@@ -31,9 +31,14 @@ class Activity:
     """Something that Nix is at."""
 
     kind: int
-    name: str  # of the derivation or path, without its hash
+    path: str  # of the derivation, or what is fetched
     phase: str = ""
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL_LINES))
+
+    @property
+    def name(self) -> str:
+        """Its name for people: without folder and hash."""
+        return derivation_name(self.path)
 
 
 @dataclass
@@ -79,15 +84,17 @@ class Log:
         match event["action"]:
             case "start":
                 fields = event.get("fields") or [""]
-                name = derivation_name(str(fields[0]))
-                self._running[event["id"]] = Activity(event["type"], name)
+                self._running[event["id"]] = Activity(event["type"], str(fields[0]))
             case "stop":
                 if ended := self._running.pop(event["id"], None):
                     self._ended.append(ended)
             case "result":
                 self._result(event["id"], event["type"], event["fields"])
             case "msg":
-                self._message(event["level"], plain(event["msg"]))
+                # the cause alone where Nix says it apart; `msg` has a trace before it
+                text = plain(str(event.get("raw_msg") or event["msg"]))
+                if text.strip():
+                    self._message(event["level"], text)
 
     def _result(self, number: int, kind: int, fields: list[Any]) -> None:
         activity = self._running.get(number)
@@ -111,7 +118,7 @@ class Log:
         if level == ERROR:
             self.errors.append(text.removeprefix("error: "))
             builds = [a for a in (*self._running.values(), *self._ended) if a.kind == BUILD]
-            self.failed += [a for a in builds if f"-{a.name}.drv'" in text]
+            self.failed += [a for a in builds if f"'{a.path}'" in text]
         elif level == WARNING:
             self.warnings.append(text.removeprefix("warning: "))
 

@@ -4,7 +4,10 @@ let
   runCommand =
     name: env: script:
     derivation (
-      removeAttrs env [ "nativeBuildInputs" ]
+      removeAttrs env [
+        "nativeBuildInputs"
+        "passthru"
+      ]
       // {
         inherit name;
         system = "x86_64-linux";
@@ -15,7 +18,8 @@ let
         ];
         PATH = "/usr/bin:/bin:/usr/sbin:/sbin";
       }
-    );
+    )
+    // (env.passthru or { });
   package =
     name:
     runCommand name { } ''
@@ -30,6 +34,7 @@ let
   packages = lib.genAttrs [
     "age"
     "apacheHttpd"
+    "bash"
     "claude-code-router"
     "coreutils"
     "curl"
