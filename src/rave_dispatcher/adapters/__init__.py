@@ -1,0 +1,1 @@
+"""The outside: HTTP, signatures, SQLite, systemd, OpenTelemetry, Prometheus."""

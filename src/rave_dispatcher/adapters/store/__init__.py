@@ -1,0 +1,1 @@
+"""The event store: SQLite in WAL mode, one writer that commits in groups."""

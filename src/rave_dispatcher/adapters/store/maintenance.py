@@ -1,0 +1,170 @@
+"""What keeps the store small, sound and saved: checkpoints, retention, checks, export, backup."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rave_dispatcher.adapters.store import connection as opening
+from rave_dispatcher.adapters.store.rows import EVENT_COLUMNS, TASK_COLUMNS, event_of, task_of
+from rave_dispatcher.adapters.store.writer import Writer
+
+CHECKPOINT_BYTES = 4 * 2**20
+RESTART_BYTES = 32 * 2**20
+PRUNE_ROWS = 500  # in one transaction: others get their turn between
+
+
+def wal_bytes(path: Path) -> int:
+    """How large the write-ahead log is."""
+    with contextlib.suppress(OSError):
+        return path.with_name(path.name + "-wal").stat().st_size
+    return 0
+
+
+def checkpoint(path: Path) -> None:
+    """Copy what is committed into the store's file, beside the writer. Runs in a thread."""
+    connection = opening.connect(path)
+    try:
+        connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+    finally:
+        connection.close()
+
+
+async def keep_wal_small(path: Path, writer: Writer, run_in_thread: Any) -> None:
+    """Checkpoint if the log has grown.
+
+    Nearly all of it is copied beside the commits; only under a load that never pauses must
+    the writer stop for the rest, so that the log begins anew.
+    """
+    size = wal_bytes(path)
+    if size < CHECKPOINT_BYTES:
+        return
+    await run_in_thread(checkpoint, path)
+    if size > RESTART_BYTES:
+        await writer.submit(
+            lambda c: c.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall(),
+            grows=False, alone=True,
+        )  # fmt: skip
+
+
+_PRUNE = (
+    # an event goes when nothing is to be done with it any more
+    (
+        "DELETE FROM events WHERE seq IN (SELECT e.seq FROM events e WHERE e.received_ms < :before "
+        "AND e.processed = 1 AND NOT EXISTS (SELECT 1 FROM tasks t WHERE t.task_id = e.task_id AND "
+        "t.status IN ('pending', 'running')) ORDER BY e.received_ms LIMIT :rows)"
+    ),
+    (
+        "DELETE FROM task_log WHERE task_id IN (SELECT task_id FROM tasks WHERE completed_ms < :before "
+        "ORDER BY completed_ms LIMIT :rows)"
+    ),
+    (
+        "DELETE FROM tasks WHERE seq IN (SELECT seq FROM tasks WHERE completed_ms < :before AND "
+        "status IN ('completed', 'failed') ORDER BY completed_ms LIMIT :rows)"
+    ),
+    (
+        "DELETE FROM metrics WHERE seq IN (SELECT seq FROM metrics WHERE timestamp_ms < :before "
+        "ORDER BY timestamp_ms LIMIT :rows)"
+    ),
+    (
+        "DELETE FROM spans WHERE (trace_id, span_id) IN (SELECT trace_id, span_id FROM spans "
+        "WHERE end_ns < :before * 1000000 ORDER BY end_ns LIMIT :rows)"
+    ),
+)
+
+
+def prune_some(c: sqlite3.Connection, before_ms: int) -> int:
+    """Delete some of what is older; how many rows it was."""
+    values = {"before": before_ms, "rows": PRUNE_ROWS}
+    return sum(max(c.execute(sql, values).rowcount, 0) for sql in _PRUNE)
+
+
+async def prune(writer: Writer, before_ms: int) -> int:
+    """Delete all that is older, and give the space back to the disk; how many rows it was."""
+    total = 0
+    while deleted := await writer.submit(lambda c: prune_some(c, before_ms), grows=False):
+        total += deleted
+    if total:
+        await writer.submit(
+            lambda c: c.execute("PRAGMA incremental_vacuum").fetchall(), grows=False, alone=True
+        )
+    return total
+
+
+def check_all(path: Path) -> str | None:
+    """What is wrong with the store, or None; reads all of it. Runs in a thread."""
+    connection = opening.connect(path, read_only=True)
+    try:
+        return opening.check(connection)
+    except sqlite3.DatabaseError as e:
+        if opening.is_corrupt(e):
+            return str(e)
+        raise
+    finally:
+        connection.close()
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """The store's settings and whether it is sound, for `ravectl verify`."""
+    connection = opening.connect(path)
+    try:
+        pragmas = {
+            name: connection.execute(f"PRAGMA {name}").fetchone()[0]
+            for name in ("journal_mode", "synchronous", "user_version", "auto_vacuum")
+        }
+        return {**pragmas, "integrity_check": opening.check(connection) or "ok"}
+    finally:
+        connection.close()
+
+
+def export(path: Path, since_ms: int = 0) -> Iterator[str]:
+    """Events and tasks as lines of JSON, as far as the file can be read."""
+    connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+    try:
+        sql = f"SELECT {EVENT_COLUMNS} FROM events WHERE received_ms >= ? ORDER BY seq"  # noqa: S608
+        for row in connection.execute(sql, (since_ms,)):
+            e = event_of(row)
+            yield json.dumps({
+                "kind": "event", "event_uuid": e.event_uuid, "source": e.source,
+                "delivery_id": e.delivery_id, "event_type": e.event_type, "project": e.project,
+                "received_ms": e.received_ms, "payload": e.payload.decode("utf-8", "replace"),
+                "signature": e.signature, "trace_id": e.trace.trace_id,
+                "processed": e.processed, "task_id": e.task_id,
+            })  # fmt: skip
+        sql = f"SELECT {TASK_COLUMNS} FROM tasks WHERE created_ms >= ? ORDER BY seq"  # noqa: S608
+        for row in connection.execute(sql, (since_ms,)):
+            t = task_of(row)
+            yield json.dumps({
+                "kind": "task", "task_id": t.task_id, "event_uuid": t.event_uuid,
+                "agent_type": t.agent_type, "project": t.project, "status": t.status,
+                "prompt": t.prompt, "attempt": t.attempt, "created_ms": t.created_ms,
+                "completed_ms": t.completed_ms, "outcome": t.outcome, "detail": t.detail,
+                "trace_id": t.trace.trace_id,
+            })  # fmt: skip
+    finally:
+        connection.close()
+
+
+def backup(path: Path, target: Path) -> None:
+    """A sound copy of a store that may be in use; there under its name or not at all."""
+    partial = target.with_name(target.name + ".new")
+    source = opening.connect(path, read_only=True)
+    try:
+        partial.unlink(missing_ok=True)
+        os.close(os.open(partial, os.O_CREAT | os.O_WRONLY, 0o600))
+        copy = sqlite3.connect(partial)
+        try:
+            source.backup(copy)
+            copy.execute("PRAGMA journal_mode = DELETE")
+        finally:
+            copy.close()
+    finally:
+        source.close()
+    with partial.open("rb+") as f:
+        os.fsync(f.fileno())
+    partial.rename(target)

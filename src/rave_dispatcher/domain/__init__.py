@@ -1,0 +1,1 @@
+"""What events, tasks and rules are. Pure: no clock, no randomness, no I/O."""
