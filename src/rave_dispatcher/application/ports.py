@@ -44,7 +44,7 @@ class Verified:
     """What a webhook's headers say, once its signature held."""
 
     delivery_id: str
-    event_type: str
+    event_type: str | None  # None: the payload says it
     signature: str  # never a shared token itself
 
 

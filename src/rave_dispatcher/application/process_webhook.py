@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from rave_dispatcher.application.errors import DispatcherError, MalformedError
+from rave_dispatcher.application.errors import DispatcherError, MalformedError, NotFoundError
 from rave_dispatcher.application.ports import (
     Chance,
     Clock,
@@ -22,7 +22,7 @@ from rave_dispatcher.application.ports import (
     Verified,
     Verifier,
 )
-from rave_dispatcher.domain.events import MAX_TYPE, Event, Trace, project_of, too_deep
+from rave_dispatcher.domain.events import MAX_TYPE, Event, Trace, project_of, too_deep, type_of
 from rave_dispatcher.domain.ids import make_uuid
 from rave_dispatcher.domain.rules import Rule, concerned, first_match
 from rave_dispatcher.domain.tasks import Task
@@ -68,7 +68,9 @@ class ProcessWebhook:
             event = self._event(source, verified, body, trace)
             receipt = await self._store.add_event(event)
         except DispatcherError as e:
-            self._observer.refused(source, getattr(e, "reason", e.slug))
+            # of a source that is not configured anybody may invent more names than fit a metric
+            known = "unknown" if isinstance(e, NotFoundError) else source
+            self._observer.refused(known, getattr(e, "reason", e.slug))
             raise
         self._observer.received(source, receipt.duplicate)
         return receipt
@@ -84,15 +86,16 @@ class ProcessWebhook:
             raise MalformedError(
                 f"a delivery needs an id of 1 to {MAX_DELIVERY_ID} characters in its headers"
             )
-        if not verified.event_type or len(verified.event_type) > MAX_TYPE:
-            raise MalformedError(f"a delivery needs a type of 1 to {MAX_TYPE} characters")
         payload = parse(body, self._policy.max_depth)
+        event_type = verified.event_type or type_of(payload)
+        if not event_type or len(event_type) > MAX_TYPE:
+            raise MalformedError(f"a delivery needs a type of 1 to {MAX_TYPE} characters")
         now = self._clock.wall_ms()
         return Event(
             event_uuid=make_uuid(now, self._chance.token(10)),
             source=source,
             delivery_id=verified.delivery_id,
-            event_type=verified.event_type,
+            event_type=event_type,
             project=project_of(payload),
             received_ms=now,
             payload=body,

@@ -59,6 +59,12 @@ def project_of(payload: Any) -> str:
     return name[:MAX_PROJECT] if isinstance(name, str) and name else NO_PROJECT
 
 
+def type_of(payload: Any) -> str | None:
+    """The type that a payload of Standard Webhooks says it is of."""
+    kind = payload.get("type") if isinstance(payload, Mapping) else None
+    return kind if isinstance(kind, str) else None
+
+
 def too_deep(body: bytes, payload: Any, most: int) -> bool:
     """Whether JSON nests deeper than `most`. `body` is what `payload` was parsed from."""
     # as many brackets as the limit cannot nest deeper: true of most, and counted in C

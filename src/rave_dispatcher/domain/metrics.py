@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 _NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]{0,99}")
 _LABEL = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]{0,49}")
+RESERVED = ("rave_dispatcher_", "process_")  # ours
 MAX_LABELS = 10
 MAX_LABEL_VALUE = 100
 MAX_SERIES = 1000  # names times label values that are kept: pushers must not fill the memory
@@ -33,6 +34,8 @@ def fault_of(name: str, labels: Mapping[str, str]) -> str | None:
     """Why Prometheus would not take a metric of this name and labels, or None."""
     if not _NAME.fullmatch(name):
         return "metric_name must match [a-zA-Z_][a-zA-Z0-9_]* and have at most 100 characters"
+    if name.startswith(RESERVED):
+        return f"metric_name must not begin with one of {', '.join(RESERVED)}"
     if len(labels) > MAX_LABELS:
         return f"there may be at most {MAX_LABELS} labels"
     for label, value in labels.items():

@@ -60,8 +60,8 @@ _PRUNE = (
         "t.status IN ('pending', 'running')) ORDER BY e.received_ms LIMIT :rows)"
     ),
     (
-        "DELETE FROM task_log WHERE task_id IN (SELECT task_id FROM tasks WHERE completed_ms < :before "
-        "ORDER BY completed_ms LIMIT :rows)"
+        "DELETE FROM task_log WHERE task_id IN (SELECT task_id FROM tasks "
+        "WHERE completed_ms < :before ORDER BY completed_ms LIMIT :rows)"
     ),
     (
         "DELETE FROM tasks WHERE seq IN (SELECT seq FROM tasks WHERE completed_ms < :before AND "
@@ -93,6 +93,26 @@ async def prune(writer: Writer, before_ms: int) -> int:
         await writer.submit(
             lambda c: c.execute("PRAGMA incremental_vacuum").fetchall(), grows=False, alone=True
         )
+    return total
+
+
+def prune_offline(path: Path, before_ms: int) -> int:
+    """The same, by a process of its own; SQLite has it and the service take turns."""
+    connection = opening.connect(path)
+    total = 0
+    try:
+        while True:
+            connection.execute("BEGIN IMMEDIATE")
+            deleted = prune_some(connection, before_ms)
+            connection.execute("COMMIT")
+            if not deleted:
+                break
+            total += deleted
+        connection.execute("PRAGMA incremental_vacuum").fetchall()
+    except sqlite3.Error as e:
+        raise opening.translate(e) from None
+    finally:
+        connection.close()
     return total
 
 

@@ -69,6 +69,7 @@ class EventStore:
         # beside the writer; two, so that a long list holds nothing up
         self._readers = ThreadPoolExecutor(2, thread_name_prefix="store-reader")
         self._local = threading.local()
+        self._connections: list[sqlite3.Connection] = []
 
     @classmethod
     async def open(cls, path: Path, reserve: int) -> EventStore:
@@ -89,6 +90,8 @@ class EventStore:
     async def close(self) -> None:
         """Finish what was begun."""
         await asyncio.to_thread(self._readers.shutdown)
+        for connection in self._connections:  # SQLite clears its log away when the last one goes
+            connection.close()
         await asyncio.to_thread(self._writer.close)
 
     async def _read(self, work: Callable[[sqlite3.Connection], T]) -> T:
@@ -107,6 +110,7 @@ class EventStore:
         found: sqlite3.Connection | None = getattr(self._local, "connection", None)
         if found is None:
             found = self._local.connection = opening.connect(self._path, read_only=True)
+            self._connections.append(found)
         return found
 
     # --- events ------------------------------------------------------------------------------
@@ -124,7 +128,10 @@ class EventStore:
                 (limit,),
             ).fetchall()
         )
-        return [Incoming(*r[:6], trace=Trace(r[6], r[7])) for r in rows]
+        return [
+            Incoming(seq, uuid, source, kind, project, received, Trace(trace_id, span_id))
+            for seq, uuid, source, kind, project, received, trace_id, span_id in rows
+        ]
 
     async def payload(self, event_uuid: str) -> bytes:
         """What an event carried."""
@@ -250,7 +257,10 @@ class EventStore:
         """The spans of a trace, in their order."""
         sql = "SELECT * FROM spans WHERE trace_id = ? ORDER BY start_ns, span_id"
         rows = await self._read(lambda c: c.execute(sql, (trace_id,)).fetchall())
-        return [SpanRow(*r[:6], ok=bool(r[6]), attributes=r[7]) for r in rows]
+        return [
+            SpanRow(i, span, parent, name, start, end, bool(ok), attributes)
+            for i, span, parent, name, start, end, ok, attributes in rows
+        ]
 
     async def figures(self) -> Figures:
         """How full it is."""

@@ -1,0 +1,1 @@
+"""HTTP: webhooks, the API, and what operations look at."""

@@ -1,0 +1,163 @@
+"""A task's transient unit, as systemd-run's arguments. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rave_dispatcher.config import Agent
+from rave_dispatcher.domain.tasks import Outcome, Usage
+
+_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-0[01]")
+STOP_SECONDS = 5
+
+SANDBOX = (
+    "NoNewPrivileges=yes",
+    "ProtectSystem=strict",
+    "ProtectHome=tmpfs",
+    "PrivateTmp=yes",
+    "PrivateDevices=yes",
+    "PrivateIPC=yes",
+    "ProtectClock=yes",
+    "ProtectControlGroups=yes",
+    "ProtectHostname=yes",
+    "ProtectKernelLogs=yes",
+    "ProtectKernelModules=yes",
+    "ProtectKernelTunables=yes",
+    "ProtectProc=invisible",
+    "RestrictNamespaces=yes",
+    "RestrictRealtime=yes",
+    "RestrictSUIDSGID=yes",
+    "LockPersonality=yes",
+    "SystemCallArchitectures=native",
+    "CapabilityBoundingSet=",
+    "UMask=0077",
+    "InaccessiblePaths=-/run/secrets -/run/secrets.d -/run/rave -/run/rave-dispatcher",
+    "RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK",
+)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is asked of the launcher; it trusts nothing of it but its form."""
+
+    task_id: str
+    attempt: int
+    agent_type: str
+    traceparent: str
+
+    def fault(self) -> str | None:
+        """What is wrong with it, or None."""
+        if not _ID.fullmatch(self.task_id):
+            return "task_id is no UUID"
+        if not 0 < self.attempt <= 1000:
+            return "attempt is out of range"
+        if not _TRACEPARENT.fullmatch(self.traceparent):
+            return "traceparent is of another form"
+        return None
+
+    @property
+    def unit(self) -> str:
+        """The name of the task's unit."""
+        return f"rave-task-{self.task_id}.service"
+
+
+def systemd_run_argv(
+    order: Order, agent: Agent, user: str, workdir: str, prompt: str, output: str
+) -> list[str]:
+    """The command that starts a task's unit. `prompt` and `output` are paths, never contents.
+
+    It stays after its end (RemainAfterExit), so that its figures can be asked for.
+    """
+    environment = {
+        **agent.environment, "HOME": workdir, "TRACEPARENT": order.traceparent,
+        "RAVE_TASK_ID": order.task_id,
+    }  # fmt: skip
+    network = () if agent.network else ("IPAddressDeny=any", "IPAddressAllow=localhost")
+    properties = (
+        "Type=exec", "RemainAfterExit=yes", "CollectMode=inactive",
+        f"User={user}", f"WorkingDirectory={workdir}", f"BindPaths={workdir}",
+        f"StandardInput=file:{prompt}", f"StandardOutput=file:{output}", "StandardError=inherit",
+        f"MemoryMax={agent.memory_mb}M", "MemorySwapMax=0", f"CPUQuota={agent.cpu_percent}%",
+        f"TasksMax={agent.processes}", f"RuntimeMaxSec={agent.seconds}",
+        f"TimeoutStopSec={STOP_SECONDS}", "KillMode=control-group", "OOMPolicy=kill",
+        "OOMScoreAdjust=500", "CPUAccounting=yes", "MemoryAccounting=yes",
+        *SANDBOX, *network,
+    )  # fmt: skip
+    return [
+        "systemd-run", "--quiet", "--no-ask-password", f"--unit={order.unit}",
+        f"--description=agent task {order.task_id} ({order.agent_type})",
+        *(f"--property={p}" for p in properties),
+        *(f"--setenv={k}={v}" for k, v in sorted(environment.items())),
+        "--", *agent.command,
+    ]  # fmt: skip
+
+
+SHOWN = (
+    "ActiveState", "SubState", "Result", "ExecMainCode", "ExecMainStatus", "MemoryPeak",
+    "CPUUsageNSec", "ExecMainStartTimestampMonotonic", "ExecMainExitTimestampMonotonic",
+)  # fmt: skip
+
+
+def show_argv(unit: str) -> list[str]:
+    """The command that asks for a unit's state."""
+    return ["systemctl", "show", unit, f"--property={','.join(SHOWN)}"]
+
+
+def parse_show(text: str) -> dict[str, str]:
+    """Its answer."""
+    return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+
+
+def is_over(shown: Mapping[str, str]) -> bool:
+    """Whether the unit's main process has ended and all that it started with it."""
+    return shown.get("SubState") in ("exited", "failed", "dead") or shown.get("ActiveState") in (
+        "failed", "inactive",
+    )  # fmt: skip
+
+
+_RESULTS = {
+    "timeout": (Outcome.TIMED_OUT, "it took longer than it may"),
+    "oom-kill": (Outcome.OUT_OF_MEMORY, "it needed more memory than it may use"),
+}
+
+
+def verdict(shown: Mapping[str, str], fallback_ms: int) -> tuple[Outcome, str, Usage]:
+    """How a unit ended, and what its cgroup counted."""
+    usage = _usage(shown, fallback_ms)
+    result = shown.get("Result", "")
+    if result == "success" and shown.get("ExecMainStatus", "0") == "0":
+        return Outcome.SUCCEEDED, "", usage
+    if result in _RESULTS:
+        return (*_RESULTS[result], usage)
+    if shown.get("ExecMainCode") == "1" and shown.get("ExecMainStatus") in ("200", "203", "217"):
+        return Outcome.NOT_STARTED, f"its command could not be run ({result})", usage
+    how = {"1": "exit code", "2": "signal", "3": "signal"}.get(shown.get("ExecMainCode", ""), "")
+    status = shown.get("ExecMainStatus", "?")
+    return Outcome.ERROR, f"{how or result} {status}".strip(), usage
+
+
+def _usage(shown: Mapping[str, str], fallback_ms: int) -> Usage:
+    began = _number(shown.get("ExecMainStartTimestampMonotonic"))
+    ended = _number(shown.get("ExecMainExitTimestampMonotonic"))
+    duration_us = ended - began if began and ended and ended >= began else fallback_ms * 1000
+    memory, cpu = _number(shown.get("MemoryPeak")), _number(shown.get("CPUUsageNSec"))
+    return make_usage(duration_us, memory, None if cpu is None else cpu // 1000)
+
+
+def make_usage(duration_us: int, memory_bytes: int | None, cpu_us: int | None) -> Usage:
+    """Figures as the contract has them. 100 percent is one core for all of the time."""
+    return Usage(
+        duration_ms=duration_us // 1000,
+        memory_usage_mb=None if memory_bytes is None else round(memory_bytes / 2**20, 2),
+        cpu_usage_percent=None if cpu_us is None else round(100 * cpu_us / max(duration_us, 1), 1),
+    )
+
+
+def _number(text: str | None) -> int | None:
+    # what systemd does not know is "[not set]" or 2^64-1
+    if text is None or not text.isdigit() or int(text) >= 2**63:
+        return None
+    return int(text)

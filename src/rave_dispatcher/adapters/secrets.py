@@ -1,0 +1,55 @@
+"""Secrets in files, re-read when they change: a rotation needs no restart.
+
+NAME holds the value, NAME.previous the one before the last rotation, which counts until the
+time in NAME.previous-until (seconds of the epoch).
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+_Signature = tuple[tuple[int, int, int] | None, ...]
+
+
+class SecretFiles:
+    """The secrets below a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known: dict[str, tuple[_Signature, bytes | None, bytes | None, float]] = {}
+
+    def current(self, name: str) -> bytes | None:
+        """The value, or None when there is none."""
+        return self._read(name)[0]
+
+    def accepted(self, name: str) -> tuple[bytes, ...]:
+        """All values that count now, the current one first."""
+        value, previous, until = self._read(name)
+        found = (value,) if value else ()
+        return (*found, previous) if previous and time.time() < until else found
+
+    def _read(self, name: str) -> tuple[bytes | None, bytes | None, float]:
+        paths = [self._folder / f"{name}{end}" for end in ("", ".previous", ".previous-until")]
+        signature = tuple(_signature(p) for p in paths)
+        known = self._known.get(name)
+        if known is None or known[0] != signature:
+            value, previous, until = (_content(p) for p in paths)
+            ends = float(until) if until and until.isdigit() else 0.0
+            known = self._known[name] = (signature, value, previous, ends)
+        return known[1:]
+
+
+def _signature(path: Path) -> tuple[int, int, int] | None:
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return (state.st_ino, state.st_mtime_ns, state.st_size)
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes().strip() or None
+    except OSError:
+        return None

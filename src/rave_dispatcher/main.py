@@ -1,0 +1,198 @@
+"""Wires the dispatcher together, and its commands:
+
+serve      the service
+launcher   root's side of an agent task (started by systemd for each)
+check      the store's settings and its integrity, as JSON
+prune      delete what is older than the retention
+export     events and tasks as lines of JSON
+backup     a sound copy of the store, also of one in use
+openapi    the API's description
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import fcntl
+import gc
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rave_dispatcher import __version__
+from rave_dispatcher.application.errors import CorruptStoreError, DispatcherError
+from rave_dispatcher.config import Config, ConfigError, load
+
+if TYPE_CHECKING:
+    from rave_dispatcher.service import Service
+
+DEFAULT_CONFIG = Path("/etc/rave/dispatcher.yaml")
+EXIT_FAILED, EXIT_USAGE, EXIT_CORRUPT = 1, 2, 4
+
+
+def main(words: list[str] | None = None) -> int:
+    """The command line; its exit code."""
+    arguments = _parser().parse_args(words)
+    try:
+        return int(arguments.run(arguments))
+    except ConfigError as e:
+        print(f"rave-dispatcher: {e}", file=sys.stderr)
+        return EXIT_USAGE
+    except CorruptStoreError as e:
+        print(f"rave-dispatcher: {e}", file=sys.stderr)
+        return EXIT_CORRUPT
+    except DispatcherError as e:
+        print(f"rave-dispatcher: {e.detail}", file=sys.stderr)
+        return EXIT_FAILED
+    except OSError as e:
+        print(f"rave-dispatcher: {e.filename or ''} {e.strerror}".strip(), file=sys.stderr)
+        return EXIT_FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rave-dispatcher", description="The webhook dispatcher.")
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="its configuration")
+    verbs = parser.add_subparsers(required=True)
+    for name, run, help_ in (
+        ("serve", _serve, "run the service"),
+        ("launcher", _launcher, "carry out one agent task (for systemd)"),
+        ("check", _check, "the store's settings and integrity"),
+        ("prune", _prune, "delete what is older than the retention"),
+        ("export", _export, "events and tasks as lines of JSON"),
+        ("backup", _backup, "a copy of the store"),
+        ("openapi", _openapi, "the API's description"),
+    ):
+        verb = verbs.add_parser(name, help=help_)
+        verb.set_defaults(run=run)
+        if name in ("check", "export"):
+            verb.add_argument("--store", type=Path, help="another file than the configured one")
+        if name == "export":
+            verb.add_argument("--since", type=float, default=0, help="seconds of the epoch")
+        if name == "backup":
+            verb.add_argument("file", type=Path)
+    return parser
+
+
+# --- serve -----------------------------------------------------------------------------------
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    import uvloop  # noqa: PLC0415
+
+    from rave_dispatcher.adapters import logs  # noqa: PLC0415
+    from rave_dispatcher.adapters.systemd import Notifier, bind, inherited_sockets  # noqa: PLC0415
+
+    config = load(arguments.config)
+    # the journal marks its own stream; a person or a test reads plain JSON
+    logs.configure(journal="JOURNAL_STREAM" in os.environ)
+    # the writer's thread must not wait 5 ms for its turn after each commit
+    sys.setswitchinterval(0.0005)
+    with _only_one(config.store.path):
+        sockets = inherited_sockets() or [bind(config.listen.host, config.listen.port)]
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_service(config, sockets, Notifier()))
+
+
+@contextlib.contextmanager
+def _only_one(store: Path) -> Iterator[None]:
+    """Hold the store's lock; waits for a predecessor that is still draining."""
+    store.parent.mkdir(parents=True, exist_ok=True)
+    with store.with_name(store.name + ".lock").open("w") as f:
+        end = time.monotonic() + 15
+        while True:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise DispatcherError(f"another dispatcher uses {store}") from None
+                time.sleep(0.05)
+        yield
+
+
+async def _service(config: Config, sockets: list[socket.socket], notifier: object) -> int:
+    from rave_dispatcher.adapters.systemd import Notifier  # noqa: PLC0415
+    from rave_dispatcher.service import Service  # noqa: PLC0415
+
+    assert isinstance(notifier, Notifier)
+    service = await Service.start(config, notifier)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, service.stop)
+    # what was made until now stays: the collector need not look at it again
+    gc.collect()
+    gc.freeze()
+    return await _run(service, sockets)
+
+
+async def _run(service: Service, sockets: list[socket.socket]) -> int:
+    try:
+        return await service.run(sockets)
+    finally:
+        await service.close()
+
+
+# --- the rest --------------------------------------------------------------------------------
+
+
+def _launcher(arguments: argparse.Namespace) -> int:
+    from rave_dispatcher.adapters.runners import launcher  # noqa: PLC0415
+
+    # with Accept=yes systemd hands the connection over as standard input
+    launcher.serve(socket.socket(fileno=os.dup(0)), load(arguments.config))
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from rave_dispatcher.adapters.store import maintenance  # noqa: PLC0415
+
+    path = arguments.store or load(arguments.config).store.path
+    if not path.exists():
+        raise DispatcherError(f"there is no store {path}")
+    found = maintenance.describe(path)
+    print(json.dumps(found))
+    return 0 if found["integrity_check"] == "ok" else EXIT_CORRUPT
+
+
+def _prune(arguments: argparse.Namespace) -> int:
+    from rave_dispatcher.adapters.store import maintenance  # noqa: PLC0415
+
+    config = load(arguments.config)
+    before = int((time.time() - config.store.retention_days * 86400) * 1000)
+    print(f"{maintenance.prune_offline(config.store.path, before)} rows deleted")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from rave_dispatcher.adapters.store import maintenance  # noqa: PLC0415
+
+    path = arguments.store or load(arguments.config).store.path
+    for line in maintenance.export(path, int(arguments.since * 1000)):
+        print(line)
+    return 0
+
+
+def _backup(arguments: argparse.Namespace) -> int:
+    from rave_dispatcher.adapters.store import maintenance  # noqa: PLC0415
+
+    maintenance.backup(load(arguments.config).store.path, arguments.file)
+    return 0
+
+
+def _openapi(_: argparse.Namespace) -> int:
+    from rave_dispatcher.service import openapi_document  # noqa: PLC0415
+
+    print(openapi_document())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
