@@ -32,9 +32,15 @@ class SystemClock:
 class SystemChance:
     """The kernel's randomness for what must not be guessed, any other for delays."""
 
+    def __init__(self) -> None:
+        self._pool = b""
+
     def token(self, size: int) -> bytes:
-        """Bytes that nobody can guess."""
-        return os.urandom(size)
+        """Bytes that nobody can guess. Fetched in bulk: a system call for each costs more."""
+        if len(self._pool) < size:
+            self._pool = os.urandom(max(4096, size))
+        taken, self._pool = self._pool[:size], self._pool[size:]
+        return taken
 
     def fraction(self) -> float:
         """A number in [0, 1)."""

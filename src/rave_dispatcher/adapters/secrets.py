@@ -6,6 +6,7 @@ time in NAME.previous-until (seconds of the epoch).
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -30,7 +31,8 @@ class SecretFiles:
         return (*found, previous) if previous and time.time() < until else found
 
     def _read(self, name: str) -> tuple[bytes | None, bytes | None, float]:
-        paths = [self._folder / f"{name}{end}" for end in ("", ".previous", ".previous-until")]
+        base = f"{self._folder}/{name}"  # plain text: this is asked for each request
+        paths = (base, f"{base}.previous", f"{base}.previous-until")
         signature = tuple(_signature(p) for p in paths)
         known = self._known.get(name)
         if known is None or known[0] != signature:
@@ -40,16 +42,16 @@ class SecretFiles:
         return known[1:]
 
 
-def _signature(path: Path) -> tuple[int, int, int] | None:
+def _signature(path: str) -> tuple[int, int, int] | None:
     try:
-        state = path.stat()
+        state = os.stat(path)  # noqa: PTH116
     except OSError:
         return None
     return (state.st_ino, state.st_mtime_ns, state.st_size)
 
 
-def _content(path: Path) -> bytes | None:
+def _content(path: str) -> bytes | None:
     try:
-        return path.read_bytes().strip() or None
+        return Path(path).read_bytes().strip() or None
     except OSError:
         return None

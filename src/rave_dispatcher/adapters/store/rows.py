@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 from typing import Any
 
 from rave_dispatcher.application.errors import MalformedError
@@ -14,10 +15,9 @@ EVENT_COLUMNS = (
     "seq, event_uuid, source, delivery_id, event_type, project, received_ms, payload, signature, "
     "trace_id, span_id, processed, task_id"
 )
-INSERT_EVENT = (
-    "INSERT INTO events (event_uuid, source, delivery_id, event_type, project, received_ms, "
-    "payload, signature, trace_id, span_id) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
-    "ON CONFLICT (delivery_id, source) DO NOTHING"
+_EVENT_FIELDS = (
+    "event_uuid, source, delivery_id, event_type, project, received_ms, payload, signature, "
+    "trace_id, span_id"
 )
 _TASK_FIELDS = (
     "task_id", "event_uuid", "agent_type", "project", "priority", "prompt", "trace_id", "span_id",
@@ -36,8 +36,18 @@ UPDATE_TASK = (
 )
 
 
+@functools.cache
+def insert_events_sql(rows: int) -> str:
+    """The statement that keeps so many events, but for those that are there."""
+    row = "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    return (
+        f"INSERT INTO events ({_EVENT_FIELDS}) VALUES {', '.join([row] * rows)} "  # noqa: S608
+        "ON CONFLICT (delivery_id, source) DO NOTHING"
+    )
+
+
 def event_row(event: Event) -> tuple[Any, ...]:
-    """What INSERT_EVENT takes."""
+    """A row of what that takes."""
     return (
         event.event_uuid, event.source, event.delivery_id, event.event_type, event.project,
         event.received_ms, event.payload, event.signature, event.trace.trace_id,

@@ -16,13 +16,11 @@ from typing import Any, TypeVar
 from rave_dispatcher.adapters.store import connection as opening
 from rave_dispatcher.adapters.store.rows import (
     EVENT_COLUMNS,
-    INSERT_EVENT,
     INSERT_TASK,
     TASK_COLUMNS,
     UPDATE_TASK,
     cursor_of,
     event_of,
-    event_row,
     seq_of,
     task_of,
     task_row,
@@ -117,7 +115,7 @@ class EventStore:
 
     async def add_event(self, event: Event) -> Receipt:
         """Keep an event, unless one of its source and delivery id is there."""
-        return await self._writer.submit(lambda c: _insert_event(c, event), grows=True)
+        return await self._writer.add_event(event)
 
     async def incoming(self, limit: int) -> list[Incoming]:
         """The oldest events that no rule has seen."""
@@ -250,8 +248,11 @@ class EventStore:
              s.attributes)
             for s in spans
         ]  # fmt: skip
-        sql = "INSERT OR IGNORE INTO spans VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
-        self._writer.post(lambda c: c.executemany(sql, rows))
+        # one call into SQLite for all of them: see writer.py
+        text = json.dumps(rows, ensure_ascii=False)
+        columns = ", ".join(f"value ->> {i}" for i in range(8))
+        sql = f"INSERT OR IGNORE INTO spans SELECT {columns} FROM json_each(?)"  # noqa: S608
+        self._writer.post(lambda c: c.execute(sql, (text,)))
 
     async def trace(self, trace_id: str) -> list[SpanRow]:
         """The spans of a trace, in their order."""
@@ -288,16 +289,6 @@ FROM tasks t WHERE completed_ms >= ? AND attempt > 0
 """
 
 
-def _insert_event(c: sqlite3.Connection, event: Event) -> Receipt:
-    if c.execute(INSERT_EVENT, event_row(event)).rowcount == 1:
-        return Receipt(event.event_uuid, event.trace.trace_id, duplicate=False)
-    found = c.execute(
-        "SELECT event_uuid, trace_id FROM events WHERE delivery_id = ? AND source = ?",
-        (event.delivery_id, event.source),
-    ).fetchone()
-    return Receipt(found[0], found[1], duplicate=True)
-
-
 def _event(c: sqlite3.Connection, event_uuid: str) -> Event:
     sql = f"SELECT {EVENT_COLUMNS} FROM events WHERE event_uuid = ?"  # noqa: S608
     row = c.execute(sql, (event_uuid,)).fetchone()
@@ -315,14 +306,22 @@ def _task(c: sqlite3.Connection, task_id: str) -> Task:
 
 
 def _decide(c: sqlite3.Connection, decisions: Sequence[Decision]) -> None:
+    # most become no task: one statement for all of those
+    rest = json.dumps([d.event_uuid for d in decisions if d.task is None])
+    c.execute(
+        "UPDATE events SET processed = 1 WHERE event_uuid IN (SELECT value FROM json_each(?)) "
+        "AND processed = 0",
+        (rest,),
+    )
     for d in decisions:
-        task_id = d.task.task_id if d.task else None
+        if d.task is None:
+            continue
         # an event is decided once, whoever looked at it twice
         done = c.execute(
             "UPDATE events SET processed = 1, task_id = ? WHERE event_uuid = ? AND processed = 0",
-            (task_id, d.event_uuid),
+            (d.task.task_id, d.event_uuid),
         )
-        if done.rowcount == 1 and d.task is not None:
+        if done.rowcount == 1:
             c.execute(INSERT_TASK, task_row(d.task))
 
 
