@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import socket
 import time
@@ -15,7 +16,7 @@ from opentelemetry.sdk.trace import TracerProvider
 
 from rave_dispatcher import __version__
 from rave_dispatcher.adapters.clock import SystemChance, SystemClock
-from rave_dispatcher.adapters.http.api import Services, make_app
+from rave_dispatcher.adapters.http.api import Services, make_app, receive_webhook
 from rave_dispatcher.adapters.http.gate import Gate
 from rave_dispatcher.adapters.http.server import Server, make_server
 from rave_dispatcher.adapters.logs import JsonLog, where
@@ -109,7 +110,10 @@ class Service:
             tokens=lambda: self.secrets.accepted(config.api_token),
             faults=self.faults, wake_rules=self.rules_wake.set,
         )  # fmt: skip
-        app = Gate(make_app(services), config.limits, tracer, self.metrics)
+        app = Gate(
+            make_app(services), config.limits, tracer, self.metrics,
+            functools.partial(receive_webhook, services),
+        )  # fmt: skip
         self.server: Server = make_server(app, config.limits, DRAIN_SECONDS)
 
     def faults(self) -> list[str]:

@@ -17,7 +17,7 @@ class SecretFiles:
     """The secrets below a folder."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self._folder, self._root = folder, str(folder)
         self._known: dict[str, tuple[_Signature, bytes | None, bytes | None, float]] = {}
 
     def current(self, name: str) -> bytes | None:
@@ -32,11 +32,12 @@ class SecretFiles:
 
     def _read(self, name: str) -> tuple[bytes | None, bytes | None, float]:
         base = f"{self._folder}/{name}"  # plain text: this is asked for each request
-        paths = (base, f"{base}.previous", f"{base}.previous-until")
-        signature = tuple(_signature(p) for p in paths)
+        # files are only ever replaced, which shows in their folder
+        signature = (_signature(base), _signature(self._root))
         known = self._known.get(name)
         if known is None or known[0] != signature:
-            value, previous, until = (_content(p) for p in paths)
+            ends_of = ("", ".previous", ".previous-until")
+            value, previous, until = (_content(base + end) for end in ends_of)
             ends = float(until) if until and until.isdigit() else 0.0
             known = self._known[name] = (signature, value, previous, ends)
         return known[1:]
