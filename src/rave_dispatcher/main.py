@@ -106,7 +106,7 @@ def _only_one(store: Path) -> Iterator[None]:
     """Hold the store's lock; waits for a predecessor that is still draining."""
     store.parent.mkdir(parents=True, exist_ok=True)
     with store.with_name(store.name + ".lock").open("w") as f:
-        end = time.monotonic() + 15
+        end = time.monotonic() + 5
         while True:
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import datetime
-import json
 from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic_core import from_json
 
 from rave_dispatcher.domain import events, metrics, tasks
 from rave_dispatcher.domain.rules import MAX_PROMPT
@@ -174,7 +174,7 @@ def event_out(e: events.Event) -> WebhookEvent:
     """An event as clients see it."""
     return WebhookEvent(
         event_uuid=e.event_uuid, event_type=e.event_type, timestamp=moment(e.received_ms),
-        payload=json.loads(e.payload), signature=e.signature, processed=e.processed,
+        payload=from_json(e.payload), signature=e.signature, processed=e.processed,
         task_id=e.task_id, trace_id=e.trace.trace_id, source=e.source, project=e.project,
     )  # fmt: skip
 

@@ -13,6 +13,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from rave_dispatcher.adapters.http import problems
 from rave_dispatcher.config import Limits
 
+ON_ITS_WAY_SECONDS = 0.5
+
 
 def make_protocol(limits: Limits) -> type[HttpToolsProtocol]:
     """An HTTP protocol that ends what sends its headers too slowly, or too many of them."""
@@ -20,6 +22,7 @@ def make_protocol(limits: Limits) -> type[HttpToolsProtocol]:
     class Bounded(HttpToolsProtocol):
         _seen = 0
         _too_many = False
+        _draining = False
         _slow: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
@@ -47,6 +50,17 @@ def make_protocol(limits: Limits) -> type[HttpToolsProtocol]:
         def on_headers_complete(self) -> None:
             self._forget()
             super().on_headers_complete()
+            if self._draining:
+                self.cycle.keep_alive = False
+
+        def shutdown(self) -> None:
+            """End, but for a request that is on its way: its sender would see a reset."""
+            if self.cycle is None or self.cycle.response_complete:
+                self._draining = True
+                self._forget()
+                self._slow = self.loop.call_later(ON_ITS_WAY_SECONDS, self._give_up)
+            else:
+                super().shutdown()
 
         def send_400_response(self, msg: str) -> None:
             status, line, slug = 400, b"400 Bad Request", "malformed"
