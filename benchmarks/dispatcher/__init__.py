@@ -1,0 +1,1 @@
+"""What the dispatcher does in a second, and what it loses: nothing."""

@@ -34,7 +34,7 @@ def kill_repeatedly(
     for _ in range(kills):
         began = time.monotonic()
         start()
-        asyncio.run(_wait(port))
+        asyncio.run(wait(port))
         found.starts.append(time.monotonic() - began)
         killer = threading.Timer(chance.uniform(0.02, 0.25), kill)
         killer.start()
@@ -46,7 +46,8 @@ def kill_repeatedly(
     return found
 
 
-async def _wait(port: int, seconds: float = 30) -> None:
+async def wait(port: int, seconds: float = 30) -> None:
+    """Until a server answers anything."""
     end = time.monotonic() + seconds
     while True:
         with contextlib.suppress(OSError):
@@ -67,3 +68,13 @@ def stored_ids(store: Path) -> set[str]:
     """The delivery ids that are in a store."""
     with contextlib.closing(sqlite3.connect(store)) as connection:
         return {row[0] for row in connection.execute("SELECT delivery_id FROM events")}
+
+
+def processed_twice(store: Path) -> tuple[int, int, int]:
+    """How many events became more than one task; how many events and tasks there are."""
+    with contextlib.closing(sqlite3.connect(store)) as connection:
+        (events,) = connection.execute("SELECT count(*) FROM events").fetchone()
+        tasks, distinct = connection.execute(
+            "SELECT count(*), count(DISTINCT event_uuid) FROM tasks"
+        ).fetchone()
+    return tasks - distinct, events, tasks

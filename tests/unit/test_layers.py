@@ -30,7 +30,7 @@ ROWS = [
     },
     {"vault"},
     {"images", "instance", "verify", "doctor"},
-    {"lifecycle", "building", "delivery"},
+    {"lifecycle", "building", "delivery", "dispatcher"},
     {"rotate", "audit"},
     {"cli", "__main__"},
 ]

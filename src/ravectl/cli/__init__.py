@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from ravectl import __version__, console
-from ravectl.cli import access, check, image, machine, secret
+from ravectl.cli import access, check, dispatch, image, machine, secret
 from ravectl.errors import EXIT_FAILED, EXIT_INTERRUPTED, RavectlError
 
 app = typer.Typer(
@@ -49,6 +49,8 @@ app.command()(access.console)
 app.command()(check.verify)
 app.command("rotate-secrets")(secret.rotate_secrets)
 app.add_typer(secret.app, name="secrets")
+app.add_typer(dispatch.event_app, name="event")
+app.add_typer(dispatch.task_app, name="task")
 app.command()(check.doctor)
 
 

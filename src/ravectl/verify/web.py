@@ -112,18 +112,34 @@ class Client:
             self._drop()
             raise
 
+    def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> Answer:
+        """POST `body`, once: whether it was taken before a connection broke, nobody knows."""
+        try:
+            return self._ask("POST", path, body, headers, MAX_BODY)
+        except http.client.HTTPException as e:
+            self._drop()
+            raise OSError(f"not an HTTP response ({type(e).__name__})") from None
+        except OSError:
+            self._drop()
+            raise
+
     def _get(self, path: str, headers: Mapping[str, str], most: int) -> Answer:
+        return self._ask("GET", path, None, headers, most)
+
+    def _ask(
+        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], most: int
+    ) -> Answer:
         connection = self._connect()
         started = time.monotonic()
-        connection.request("GET", path, headers=dict(headers))
+        connection.request(method, path, body, dict(headers))
         response = connection.getresponse()
-        body = response.read(most)
+        content = response.read(most)
         seconds = time.monotonic() - started
         if time.monotonic() > self._deadline:
             raise TimeoutError("no answer by the deadline")
         if response.will_close or not response.isclosed():
             self._drop()  # closed by the server, or there is more than we care to read
-        return Answer(response.status, _by_name(response.getheaders()), body, seconds)
+        return Answer(response.status, _by_name(response.getheaders()), content, seconds)
 
     def _connect(self) -> http.client.HTTPConnection:
         if self._http is None:
