@@ -26,19 +26,37 @@ PRIVATE_DIR = 0o700
 
 
 def find_data(name: str) -> Path:
-    """The shipped folder `name` ("templates" or "profiles").
+    """What is shipped beside the code: "templates", "profiles", a lock file.
 
-    An installed wheel carries both inside the package; a checkout has them at its top.
+    An installed wheel carries them inside the package; a checkout has them at its top.
     Raises RavectlError when the installation is broken.
     """
     package = Path(__file__).resolve().parent
     for candidate in (package / "data" / name, package.parents[1] / name):
-        if candidate.is_dir():
+        if candidate.exists():
             return candidate
     raise RavectlError(
-        f"the installation of ravectl is incomplete: its folder {name!r} is missing",
+        f"the installation of ravectl is incomplete: {name!r} is missing",
         "install ravectl again: pip install --force-reinstall ravectl",
     )
+
+
+def python_source(package: str) -> dict[str, str]:
+    """The modules of a package that is shipped beside this one, by their path in it.
+
+    Raises RavectlError when the installation is broken.
+    """
+    folder = Path(__file__).resolve().parents[1] / package
+    found = {
+        path.relative_to(folder).as_posix(): path.read_text()
+        for path in sorted(folder.rglob("*.py"))
+    }
+    if "__main__.py" not in found:
+        raise RavectlError(
+            f"the installation of ravectl is incomplete: its part {package!r} is missing",
+            "install ravectl again: pip install --force-reinstall ravectl",
+        )
+    return found
 
 
 def cache_dir() -> Path:
