@@ -15,7 +15,15 @@ from pathlib import Path
 from ravectl import console, files, model, vault
 from ravectl.engines import debian, disk, nix
 from ravectl.errors import RavectlError
-from ravectl.model import EngineName, Image, ImageFormat, NixSettings, Plan, RenderedFile, RenderedTree
+from ravectl.model import (
+    EngineName,
+    Image,
+    ImageFormat,
+    NixSettings,
+    Plan,
+    RenderedFile,
+    RenderedTree,
+)
 from ravectl.render import render, write_tree
 
 MANIFEST = "image.json"
@@ -114,7 +122,8 @@ def render_nixos(plans: tuple[Plan, ...], flake_lock: str | None = None) -> Rend
             bundle_magic=vault.MAGIC,
             made=nix.TEST_VALUES,
         )
-        found += [replace(f, path=f"modules/{plan.hostname}/{f.path}") for f in machine.files]
+        rows = (*machine.files, *dispatcher_code("dispatcher"))
+        found += [replace(f, path=f"modules/{plan.hostname}/{f.path}") for f in rows]
     return RenderedTree(tuple(sorted(found, key=lambda f: f.path)))
 
 
