@@ -7,6 +7,7 @@ tasks and streams counts.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import logging
 import time
@@ -37,6 +38,8 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 WEBHOOKS = "/webhooks/"
+DISCARD_MOST = 16 * 2**20
+DISCARD_SECONDS = 2.0
 
 
 class _Route:
@@ -103,15 +106,18 @@ class Gate:
     async def _serve(
         self, scope: Scope, receive: Receive, answer: _Answer, headers: dict[str, str]
     ) -> None:
+        incoming = _Incoming(receive)
         try:
             try:
-                self._admit(scope, headers)
-                body = await self._body(scope, receive, headers)
-                scope["state"]["body"] = body
                 source = scope["path"].removeprefix(WEBHOOKS)
-                if self._webhooks and scope["method"] == "POST" and source != scope["path"]:
+                hook = scope["method"] == "POST" and source != scope["path"]
+                if hook:
+                    scope["route"] = _WEBHOOK_ROUTE  # also of what is refused from here on
+                self._admit(scope, headers)
+                body = await self._body(scope, incoming, headers)
+                scope["state"]["body"] = body
+                if self._webhooks and hook:
                     # past the framework, whose layers cost more than all that a webhook needs
-                    scope["route"] = _WEBHOOK_ROUTE
                     response = await self._webhooks(source, scope)
                     await response(scope, receive, answer)
                 else:
@@ -119,6 +125,7 @@ class Gate:
             except DispatcherError as e:
                 if isinstance(e, UnauthenticatedError):
                     self._metrics.auth_failed(e.reason)
+                await incoming.discard()
                 await problems.of_error(e)(scope, receive, answer)
         except _GoneAwayError:
             answer.status = 499  # as nginx calls it: nobody reads the answer
@@ -151,7 +158,7 @@ class Gate:
         most = self._limits.body_bytes
         length = headers.get("content-length", "")
         if length.isdigit() and int(length[:18]) > most:
-            raise TooLargeError(f"at most {most} bytes are taken", {"Connection": "close"})
+            raise TooLargeError(f"at most {most} bytes are taken")
         try:
             async with asyncio.timeout(self._limits.body_seconds):
                 body = await _read(receive, most)
@@ -185,6 +192,28 @@ _METHODS = {"GET", "POST", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
 class _GoneAwayError(Exception):
     """The client hung up."""
+
+
+class _Incoming:
+    """A request's body as it comes, and whether all of it has come."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive, self._complete = receive, False
+
+    async def __call__(self) -> Message:
+        """The next piece."""
+        message = await self._receive()
+        self._complete = message["type"] == "http.disconnect" or not message.get("more_body")
+        return message
+
+    async def discard(self) -> None:
+        """Let the rest come, within reason: a proxy that is still sending sees no answer, and
+        tells its client that we are broken."""
+        size = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DISCARD_SECONDS):
+                while not self._complete and size < DISCARD_MOST:
+                    size += len((await self()).get("body", b""))
 
 
 class _Answer:
@@ -221,7 +250,7 @@ async def _read(receive: Receive, most: int) -> bytes:
         pieces.append(message.get("body", b""))
         size += len(pieces[-1])
         if size > most:
-            raise TooLargeError(f"at most {most} bytes are taken", {"Connection": "close"})
+            raise TooLargeError(f"at most {most} bytes are taken")
     return b"".join(pieces)
 
 
