@@ -35,6 +35,7 @@ from rave_dispatcher.domain.tasks import AgentType, Outcome, Usage
 RUN = Path("/run/rave-launcher")
 HEAD_MOST = 4096
 ORDER_SECONDS = 10.0
+SLOW_SECONDS = 120.0  # a dispatcher that takes no output for so long is stuck
 POLL_SECONDS = 0.25
 COMMAND_SECONDS = 30.0
 
@@ -97,7 +98,9 @@ def serve(connection: socket.socket, config: Config) -> None:
         outcome, detail, usage = _carry_out(connection, config, order, agent, prompt)
     except HungUpError:
         return
-    except RefusedError as e:
+    except (RefusedError, subprocess.TimeoutExpired) as e:
+        if not isinstance(e, RefusedError):  # its text is a command line
+            e = RefusedError("systemd did not answer in time")
         spent = int((time.monotonic() - began) * 1000)
         outcome, detail, usage = Outcome.NOT_STARTED, str(e), Usage(spent, None, None)
     with contextlib.suppress(OSError):
@@ -152,7 +155,7 @@ def _prepare(folder: Path, workdir: Path, user: str, prompt: bytes) -> None:
 
 def _follow(connection: socket.socket, fifo: int, unit: str) -> dict[str, str]:
     """Pass output on until the unit is over; HungUpError when nobody listens any more."""
-    connection.settimeout(ORDER_SECONDS)
+    connection.settimeout(SLOW_SECONDS)
     next_look = 0.0
     while True:
         ready, _, _ = select.select([fifo, connection.fileno()], [], [], POLL_SECONDS)
