@@ -110,6 +110,9 @@ class Service:
             tokens=lambda: self.secrets.accepted(config.api_token),
             faults=self.faults, wake_rules=self.rules_wake.set,
         )  # fmt: skip
+        self.checkpointer = maintenance.Checkpointer(
+            self.store.path, self.store.writer, asyncio.to_thread
+        )
         app = Gate(
             make_app(services), config.limits, tracer, self.metrics,
             functools.partial(receive_webhook, services),
@@ -216,7 +219,7 @@ class Service:
                 )
 
     async def _checkpoint(self) -> None:
-        await maintenance.keep_wal_small(self.store.path, self.store.writer, asyncio.to_thread)
+        await self.checkpointer.look()
         self.metrics.corrupt.set(1 if self.store.writer.corrupt else 0)
 
     async def _prune(self) -> None:

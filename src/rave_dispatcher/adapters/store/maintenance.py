@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +13,57 @@ from rave_dispatcher.adapters.store import connection as opening
 from rave_dispatcher.adapters.store.rows import EVENT_COLUMNS, TASK_COLUMNS, event_of, task_of
 from rave_dispatcher.adapters.store.writer import Writer
 
-CHECKPOINT_BYTES = 4 * 2**20
-RESTART_BYTES = 32 * 2**20
+CHECKPOINT_WORK = 4000  # events or steps, some 30 MB of log
+RESTART_FRAMES = 25_000  # pages: 100 MB of log
+REST_FRAMES = 1000
+PASSES = 4
+RunInThread = Callable[..., Awaitable[Any]]
 PRUNE_ROWS = 500  # in one transaction: others get their turn between
 
 
-def wal_bytes(path: Path) -> int:
-    """How large the write-ahead log is."""
-    with contextlib.suppress(OSError):
-        return path.with_name(path.name + "-wal").stat().st_size
-    return 0
+class Checkpointer:
+    """Copies what is committed into the store's file, beside the commits.
+
+    Not often, for each time the disk has two files to make durable at once; and the log begins
+    anew in the same file (RESTART, not TRUNCATE), for a log that grows needs its file system's
+    journal with each commit.
+    """
+
+    def __init__(self, path: Path, writer: Writer, run_in_thread: RunInThread) -> None:
+        self._path, self._writer, self._run = path, writer, run_in_thread
+        self._seen = self._copied = 0
+
+    async def look(self) -> None:
+        """Called each second: copy when much came, or when all of it has."""
+        written, before = self._writer.written, self._seen
+        self._seen = written
+        waiting = written - self._copied
+        if waiting < CHECKPOINT_WORK and not (waiting and written == before):
+            return
+        self._copied = written
+        frames, copied = await self._run(checkpoint, self._path)
+        if frames < RESTART_FRAMES:
+            return
+        # a load that never pauses: what came meanwhile is copied too, until so little is left
+        # that the writer may stop for it, once
+        for _ in range(PASSES):
+            if frames - copied > REST_FRAMES:
+                frames, copied = await self._run(checkpoint, self._path)
+        if copied < frames:
+            await self._writer.submit(
+                lambda c: c.execute("PRAGMA wal_checkpoint(RESTART)").fetchall(),
+                grows=False, alone=True,
+            )  # fmt: skip
 
 
-def checkpoint(path: Path) -> None:
-    """Copy what is committed into the store's file, beside the writer. Runs in a thread."""
+def checkpoint(path: Path) -> tuple[int, int]:
+    """Copy; how many pages are in the log, and how many of them are copied. Runs in a thread."""
     connection = opening.connect(path)
     try:
-        connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        _, frames, copied = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        return frames, copied
     finally:
         connection.close()
-
-
-async def keep_wal_small(path: Path, writer: Writer, run_in_thread: Any) -> None:
-    """Checkpoint if the log has grown.
-
-    Nearly all of it is copied beside the commits; only under a load that never pauses must
-    the writer stop for the rest, so that the log begins anew.
-    """
-    size = wal_bytes(path)
-    if size < CHECKPOINT_BYTES:
-        return
-    await run_in_thread(checkpoint, path)
-    if size > RESTART_BYTES:
-        await writer.submit(
-            lambda c: c.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall(),
-            grows=False, alone=True,
-        )  # fmt: skip
 
 
 _PRUNE = (

@@ -61,7 +61,7 @@ class Writer:
         self._loop = asyncio.get_running_loop()
         self._closed = False
         self.corrupt: str | None = None
-        self.groups = 0
+        self.written = 0  # pieces of work, since the start
         self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)
         self._thread.start()
 
@@ -112,7 +112,7 @@ class Writer:
                 self._do_alone(group[0])
             else:
                 self._commit(group)
-            self.groups += 1
+            self.written += len(group)
             with contextlib.suppress(RuntimeError):  # the loop was closed under us
                 self._loop.call_soon_threadsafe(_deliver, group)
 
