@@ -78,3 +78,10 @@ def processed_twice(store: Path) -> tuple[int, int, int]:
             "SELECT count(*), count(DISTINCT event_uuid) FROM tasks"
         ).fetchone()
     return tasks - distinct, events, tasks
+
+
+def unprocessed(store: Path) -> int:
+    """How many events the rules have not seen."""
+    with contextlib.closing(sqlite3.connect(store)) as connection:
+        sql = "SELECT count(*) FROM events WHERE processed = 0"
+        return int(connection.execute(sql).fetchone()[0])

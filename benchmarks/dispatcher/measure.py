@@ -207,7 +207,8 @@ def measure_duplicates(folder: Path, scale: float) -> None:
         outcome = run(load.closed_loop(PORT, requests, iter(order), 3600, CONNECTIONS))
         assert isinstance(outcome, load.Outcome)
         assert outcome.ok == len(order)
-        time.sleep(10)  # until the rules saw the last ones
+        while crash.unprocessed(d.store):
+            time.sleep(1)
     twice, events, tasks = crash.processed_twice(d.store)
     assert events == len(ids)
     row(

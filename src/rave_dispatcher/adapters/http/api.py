@@ -81,7 +81,7 @@ def make_app(services: Services) -> FastAPI:
 
     app.include_router(_webhooks(services))
     app.include_router(_alerts(services), dependencies=[Depends(authorize)])
-    for make in (_events, _tasks, _more):
+    for make in (_events, _tasks, _task, _more):
         app.include_router(
             make(services), prefix="/v1", dependencies=[Depends(authorize)],
             responses=_problem(400, 401, 413, 415, 429, 503),
@@ -269,6 +269,12 @@ def _tasks(services: Services) -> APIRouter:
     async def task(task_id: str) -> contract.AgentTask:
         """One task."""
         return contract.task_out(await services.tasks.show(task_id))
+
+    return router
+
+
+def _task(services: Services) -> APIRouter:
+    router = APIRouter(tags=["tasks"])
 
     @router.post("/tasks/{task_id}/cancel", status_code=202, responses=_problem(404, 409))
     async def cancel(task_id: str) -> contract.AgentTask:
