@@ -19,6 +19,8 @@ import pytest
 from benchmarks.dispatcher import crash, load
 
 from rave_dispatcher.adapters.store import maintenance, schema
+from rave_dispatcher.adapters.store.sqlite import EventStore
+from rave_dispatcher.domain.events import Event, Trace
 from tests import dispatcher
 from tests.dispatcher import GITHUB, Dispatcher
 
@@ -286,3 +288,38 @@ def test_a_client_that_waits_while_the_store_is_busy_is_not_forgotten(tmp_path: 
             c.execute("COMMIT")
         client.join(10)
         assert answers == [202]
+
+
+def test_the_log_begins_anew_under_a_load_that_never_pauses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(maintenance, "CHECKPOINT_WORK", 50)
+    monkeypatch.setattr(maintenance, "RESTART_FRAMES", 200)
+    path = tmp_path / "events.db"
+
+    def event(n: int) -> Event:
+        trace = Trace("a" * 32, "b" * 16)
+        return Event(str(n), "x", str(n), "t", "p", n, b"z" * 2000, "s", trace)
+
+    async def load_and_look() -> None:
+        store = await EventStore.open(path, 0)
+        checkpointer = maintenance.Checkpointer(path, store.writer, asyncio.to_thread)
+        looking = True
+
+        async def look() -> None:
+            while looking:
+                await checkpointer.look()
+                await asyncio.sleep(0.01)
+
+        task = asyncio.create_task(look())
+        for start in range(0, 4000, 20):
+            await asyncio.gather(*(store.add_event(event(start + i)) for i in range(20)))
+        looking = False
+        await task
+        wal = path.with_name("events.db-wal").stat().st_size
+        await store.close()
+        # without beginning anew it would hold each page of 4,000 events, some more than once
+        assert wal < 8_000_000, wal
+
+    asyncio.run(load_and_look())
+    assert len(crash.stored_ids(path)) == 4000

@@ -44,16 +44,16 @@ class Checkpointer:
         frames, copied = await self._run(checkpoint, self._path)
         if frames < RESTART_FRAMES:
             return
-        # a load that never pauses: what came meanwhile is copied too, until so little is left
-        # that the writer may stop for it, once
+        # a load that never pauses: what came meanwhile is copied too, until little is left, for
+        # which the writer then stops once; else the log would never begin anew
         for _ in range(PASSES):
             if frames - copied > REST_FRAMES:
                 frames, copied = await self._run(checkpoint, self._path)
-        if copied < frames:
-            await self._writer.submit(
-                lambda c: c.execute("PRAGMA wal_checkpoint(RESTART)").fetchall(),
-                grows=False, alone=True,
-            )  # fmt: skip
+        await self._writer.submit(
+            lambda c: c.execute("PRAGMA wal_checkpoint(RESTART)").fetchall(),
+            grows=False,
+            alone=True,
+        )
 
 
 def checkpoint(path: Path) -> tuple[int, int]:
