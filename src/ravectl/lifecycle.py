@@ -475,11 +475,13 @@ def _wait_healthy(
     except DeadlineError:
         pass
     except ConnectionError:
-        raise RavectlError(
-            "the connection to the machine broke while its services started",
-            f"look at its console: {_verb('console', instance)}",
-            details=instance.console_tail(15),
-        ) from None
+        # a channel that could not be opened in what was left of the time is no break
+        if time.monotonic() < deadline:
+            raise RavectlError(
+                "the connection to the machine broke while its services started",
+                f"look at its console: {_verb('console', instance)}",
+                details=instance.console_tail(15),
+            ) from None
     if not last.healthy:
         raise _unhealthy(instance, connection, last)
 
