@@ -9,6 +9,7 @@ import json
 import time
 import urllib.parse
 from collections.abc import Iterator, Mapping
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Self
 
@@ -106,6 +107,11 @@ def refusal(answer: web.Answer) -> RavectlError:
         more = [f"{'.'.join(e['loc'][1:])}: {e['msg']}" for e in errors]
         trace = f"\ntrace {problem['trace_id']}" if problem.get("trace_id") else ""
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        if answer.status == HTTPStatus.NOT_FOUND:  # by the ingress, which knows no such route
+            return RavectlError(
+                "this machine has no dispatcher",
+                "its image is without one: docs/dispatcher.md says where that stands",
+            )
         title, detail, more, trace = f"status {answer.status}", "no reason was given", [], ""
     message = f"the dispatcher refused: {title.lower()}: {'; '.join(more) or detail}"
     kind = UsageError if answer.status in (404, 422) else RavectlError

@@ -156,6 +156,10 @@ def test_what_is_no_dispatcher(ingress: Ingress, tmp_path: Path) -> None:
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b'{"title": 1}', b"[" * 100_000])
 def test_an_answer_that_is_no_problem(body: bytes) -> None:
     assert "status 502" in client.refusal(web.Answer(502, {}, body, 0.0)).message
+    # by nginx: the dispatcher's own 404 says what there is not
+    none = client.refusal(web.Answer(404, {}, body, 0.0))
+    assert none.message == "this machine has no dispatcher"
+    assert none.hint
 
 
 def test_words_that_do_not_exist(run: CliRunner) -> None:
