@@ -15,7 +15,15 @@ from pathlib import Path
 from ravectl import console, files, model, vault
 from ravectl.engines import debian, disk, nix
 from ravectl.errors import RavectlError
-from ravectl.model import EngineName, Image, ImageFormat, NixSettings, Plan, RenderedTree
+from ravectl.model import (
+    EngineName,
+    Image,
+    ImageFormat,
+    NixSettings,
+    Plan,
+    RenderedFile,
+    RenderedTree,
+)
 from ravectl.render import render, write_tree
 
 MANIFEST = "image.json"
@@ -76,14 +84,22 @@ class NixInputs:
 
 
 def render_debian(plan: Plan) -> RenderedTree:
-    """The configuration layer of a Plan for Debian."""
-    return render(
+    """The configuration layer of a Plan for Debian, with the dispatcher's own code."""
+    tree = render(
         files.find_data("templates") / "debian",
         plan,
         accounts=plan.accounts,
         required=vault.required(plan),
         bundle_magic=vault.MAGIC,
     )
+    code = dispatcher_code(debian.DISPATCHER)
+    return RenderedTree(tuple(sorted((*tree.files, *code), key=lambda f: f.path)))
+
+
+def dispatcher_code(folder: str) -> list[RenderedFile]:
+    """The service that runs in the machine, below `folder`: shipped beside ravectl."""
+    source = files.python_source("rave_dispatcher")
+    return [RenderedFile(f"{folder}/rave_dispatcher/{path}", text) for path, text in source.items()]
 
 
 def render_nixos(plans: tuple[Plan, ...], flake_lock: str | None = None) -> RenderedTree:
@@ -106,7 +122,8 @@ def render_nixos(plans: tuple[Plan, ...], flake_lock: str | None = None) -> Rend
             bundle_magic=vault.MAGIC,
             made=nix.TEST_VALUES,
         )
-        found += [replace(f, path=f"modules/{plan.hostname}/{f.path}") for f in machine.files]
+        rows = (*machine.files, *dispatcher_code("dispatcher"))
+        found += [replace(f, path=f"modules/{plan.hostname}/{f.path}") for f in rows]
     return RenderedTree(tuple(sorted(found, key=lambda f: f.path)))
 
 
@@ -201,6 +218,7 @@ def _make_debian(inputs: Inputs, target: Path) -> None:
         with console.step("configuration"):
             debian.copy_root(inputs.base.root, root)
             write_tree(inputs.tree, root)
+            debian.compile_python(root, f"{debian.DISPATCHER}/rave_dispatcher")
         with console.step("file system"):
             raw = image if inputs.format is ImageFormat.RAW else work / "disk.raw"
             debian.make_filesystem(root, raw, inputs.plan.machine.disk_gb, inputs.plan.hostname)

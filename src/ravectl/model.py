@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 SSH_PORT = 22
+AGENT_MB_LEAST = 64  # a profile whose services leave less gets tasks that run out of memory
 INGRESS_PORT = 3002
 SSH_ANNOUNCEMENT = "rave: ssh listens"  # what the guest says on its console, for `up`
 RESERVED_MB = 384  # kernel, systemd, journal and sessions: what the services' limits leave free
@@ -31,6 +32,7 @@ SERVICE_NAMES = (
     "ingress",
     "kanban",
     "router",
+    "dispatcher",
     "postgresql",
     "prometheus",
     "node-exporter",
@@ -77,6 +79,8 @@ class Access(enum.StrEnum):
     ANYONE = "anyone"
     SIGNED_IN = "signed-in"
     SIGNED_IN_OR_KEY = "signed-in-or-key"
+    BEARER = "bearer"  # who has the dispatcher's API token
+    SIGNED = "signed"  # whose requests carry a signature; the service behind it judges
     NOBODY = "nobody"
 
 
@@ -307,6 +311,12 @@ class Plan:
             if service.name == name:
                 return service
         raise KeyError(name)
+
+    @property
+    def agent_memory_mb(self) -> int:
+        """What one agent task may use: what the services leave, shared among those at once."""
+        left = self.service_memory_mb - sum(s.limits.memory_mb for s in self.services)
+        return max(left // self.agent_concurrency, AGENT_MB_LEAST)
 
     def health_path(self, route: Route) -> str | None:
         """Where through the ingress the service behind `route` tells its health, if it does."""

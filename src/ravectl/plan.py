@@ -100,6 +100,9 @@ ACCOUNTS = (
     Account(name=OPERATOR, uid=1000, home=f"/home/{OPERATOR}", login=True, sudo=True),
     Account(name="agent", uid=1001, home="/home/agent", login=False, sudo=False),
     Account(name="vibe-kanban", uid=901, home="/var/lib/vibe-kanban", login=False, sudo=False),
+    Account(
+        name="rave-dispatcher", uid=903, home="/var/lib/rave-dispatcher", login=False, sudo=False
+    ),
     Account(name="ccr", uid=902, home="/run/claude-code-router", login=False, sudo=False),
 )
 
@@ -168,6 +171,13 @@ SERVICES = (
         Health(3456, "/health"), secrets=("agents/anthropic-api-key",),
     ),
     _Row(
+        "dispatcher", "Webhook dispatcher", "rave-dispatcher.service", "rave-dispatcher",
+        Health(3001, "/healthz"),
+        secrets=(
+            "dispatcher/api-token", "dispatcher/gitlab-token", "dispatcher/github-secret",
+        ),
+    ),
+    _Row(
         "postgresql", "PostgreSQL", "postgresql.service", "postgres", Health(5432, None),
         debian="postgresql@17-main.service", secrets=("postgres/exporter-scram",),
     ),
@@ -183,7 +193,38 @@ SERVICES = (
 
 ROUTES = (
     Route("console", "/", None, None, None, Access.SIGNED_IN, "/", 200),
-    Route("healthz", "/healthz", None, None, None, Access.ANYONE, "/healthz", 200),
+    Route("healthz", "/healthz", None, 3001, "/healthz", Access.ANYONE, "/healthz", 200),
+    Route(
+        "api",
+        "/api/v1/",
+        None,
+        3001,
+        "/v1/",
+        Access.BEARER,
+        "/api/v1/tasks?limit=1",
+        200,
+    ),
+    # asked without a body they answer that they take none
+    Route(
+        "gitlab",
+        "/webhooks/gitlab",
+        None,
+        3001,
+        "/webhooks/gitlab",
+        Access.SIGNED,
+        "/webhooks/gitlab",
+        405,
+    ),
+    Route(
+        "github",
+        "/webhooks/github",
+        None,
+        3001,
+        "/webhooks/github",
+        Access.SIGNED,
+        "/webhooks/github",
+        405,
+    ),
     # Vibe Kanban addresses its assets and API from the root, so it gets a host name of its
     # own; the path leads there.
     Route("kanban", "/kanban/", None, None, None, Access.SIGNED_IN, "/kanban/", 302),
@@ -197,6 +238,7 @@ ROUTES = (
 SCRAPE_JOBS = (
     ScrapeJob("node", 9100, "/metrics"),
     ScrapeJob("prometheus", 9090, "/metrics"),
+    ScrapeJob("dispatcher", 3001, "/metrics"),
 )
 
 _PER_MACHINE = SecretScope.INSTANCE
@@ -234,14 +276,18 @@ SECRETS = (
         "postgres/exporter-scram", SecretKind.SCRAM, _MADE, Activation.ROLE, owner="postgres",
         group="postgres", mode="0400", role="exporter", source="postgres/exporter-password",
     ),
-    Secret("dispatcher/api-token", SecretKind.PASSWORD, _SHARED, Activation.NONE),
+    # the dispatcher looks at its files at each request, so a new value needs nothing else
+    Secret(
+        "dispatcher/api-token", SecretKind.PASSWORD, _SHARED, Activation.NONE,
+        owner="rave-dispatcher", group="rave-dispatcher", mode="0400",
+    ),
     Secret(
         "dispatcher/gitlab-token", SecretKind.PASSWORD, _SHARED, Activation.NONE,
-        grace_hours=GRACE_HOURS,
+        owner="rave-dispatcher", group="rave-dispatcher", mode="0400", grace_hours=GRACE_HOURS,
     ),
     Secret(
         "dispatcher/github-secret", SecretKind.PASSWORD, _SHARED, Activation.NONE,
-        grace_hours=GRACE_HOURS,
+        owner="rave-dispatcher", group="rave-dispatcher", mode="0400", grace_hours=GRACE_HOURS,
     ),
     Secret("agents/anthropic-api-key", SecretKind.GIVEN, _SHARED, Activation.RESTART),
 )  # fmt: skip

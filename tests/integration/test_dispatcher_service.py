@@ -439,13 +439,8 @@ def test_readiness_and_the_watchdog_are_told_to_systemd(tmp_path: Path) -> None:
             d.kill()
 
 
-MINE = 1_000_000 + os.getpid()  # seconds that no other run of these tests sleeps
-
-
 def test_sigterm_drains_and_gives_tasks_back(tmp_path: Path) -> None:
-    agents = {
-        "backend-architect": {"command": ["sh", "-c", f"trap '' TERM; sleep {MINE} & sleep 334"]}
-    }
+    agents = {"backend-architect": {"command": ["sh", "-c", "trap '' TERM; sleep 333 & sleep 334"]}}
     with dispatcher.running(tmp_path, agents=agents) as d:
         made = d.api("POST", "/v1/tasks", {"agent_type": "backend-architect", "prompt": "x"})
         path = f"/v1/tasks/{made.json()['task_id']}"
@@ -455,7 +450,7 @@ def test_sigterm_drains_and_gives_tasks_back(tmp_path: Path) -> None:
         assert d.stop() == 0
         assert time.monotonic() - began < 10
         end = time.monotonic() + 3  # a killed process takes a moment to be gone
-        while running_with(f"sleep {MINE}"):
+        while running_with("sleep 333"):
             assert time.monotonic() < end, "the tree ended too"
             time.sleep(0.05)
         d.start()
@@ -473,17 +468,10 @@ def running_with(words: str) -> bool:
 
 
 def test_cancel_and_time_out_end_the_whole_tree(tmp_path: Path) -> None:
-    naps = [MINE + 1 + n for n in range(5)]
-    slow = [
-        "sh", "-c",
-        f"echo begun; (setsid sleep {naps[0]} &) ; sleep {naps[1]} & sleep {naps[2]}",
-    ]  # fmt: skip
+    slow = ["sh", "-c", "echo begun; (setsid sleep 431 &) ; sleep 432 & sleep 433"]
     agents = {
         "backend-architect": {"command": slow},
-        "ai-engineer": {
-            "command": ["sh", "-c", f"sleep {naps[3]} & sleep {naps[4]}"],
-            "seconds": 1,
-        },
+        "ai-engineer": {"command": ["sh", "-c", "sleep 434 & sleep 435"], "seconds": 1},
         "frontend-developer": {"command": ["/nowhere/at/all"]},
     }
     cgroup = writable_cgroup(tmp_path)
@@ -511,13 +499,13 @@ def test_cancel_and_time_out_end_the_whole_tree(tmp_path: Path) -> None:
             "frontend-developer": "not-started" if cgroup is None else "error",
         }  # fmt: skip
         time.sleep(0.5)
-        left = [n for n in naps if running_with(f"sleep {n}")]
+        left = [n for n in (431, 432, 433, 434, 435) if running_with(f"sleep {n}")]
         # only a cgroup also holds what left the session
-        assert left == ([] if cgroup else naps[:1])
+        assert left == ([] if cgroup else [431])
     if cgroup is None:
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
-                if path.read_bytes() == f"sleep\0{naps[0]}\0".encode():
+                if path.read_bytes() == b"sleep\x00431\x00":
                     os.kill(int(path.parent.name), 9)
     else:
         assert list(cgroup.glob("rave-task-*")) == []

@@ -116,6 +116,9 @@ class Debian:
         path = f"{folder}/{name}.d/rave.conf"
         return Unit(self.text(path if path in paths else f"{folder}/{name}"))
 
+    def socket(self, name: str) -> Unit:
+        return Unit(self.text(f"etc/systemd/system/{name}.socket"))
+
     @property
     def http(self) -> Block:
         return below(nginx_blocks(self.text("etc/nginx/nginx.conf")), "http")
@@ -218,7 +221,7 @@ def sides(profile: str) -> tuple[Plan, Debian, NixOS]:
 
 # --- rows ---------------------------------------------------------------------------------------
 
-OURS = ("kanban", "router")  # services that neither distribution has
+OURS = ("kanban", "router", "dispatcher")  # services that neither distribution has
 
 Row = Callable[[Plan, Debian, NixOS], tuple[Any, ...]]
 ROWS: dict[str, Row] = {}
@@ -274,6 +277,7 @@ def listeners(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     here.add(f"{env['HOST']}:{env['PORT']}")
     router = json.loads(debian.text("etc/rave/router.json"))
     here.add(f"{router['HOST']}:{router['PORT']}")
+    here.add(debian.socket("rave-dispatcher").one("ListenStream"))
     here.add(f"{debian.postgresql()['listen_addresses']}:{debian.postgresql()['port']}")
     for package in ("prometheus", "prometheus-node-exporter"):
         here.add(debian.flags(package)["--web.listen-address"])
@@ -288,6 +292,7 @@ def _nixos_listeners(nix: NixOS) -> set[str]:
     there.add(f"{env['HOST']}:{env['PORT']}")
     router = json.loads(nix.etc("rave/router.json"))
     there.add(f"{router['HOST']}:{router['PORT']}")
+    there |= set(nix.at("systemd.sockets")["rave-dispatcher"]["listenStreams"])
     settings = nix.at("services.postgresql.settings")
     there.add(f"{settings['listen_addresses']}:{settings['port']}")
     for path in ("services.prometheus", "services.prometheus.exporters.node"):
@@ -321,17 +326,56 @@ def cpu_weights(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
 def sandbox(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     """All that units which are wholly ours say of their processes."""
 
-    def said(value: object) -> str:
+    def said(value: object) -> Any:
+        if isinstance(value, list):
+            return [said(v) for v in value]
         return {"True": "yes", "False": "no"}.get(str(value), str(value))
 
     skip = ("Exec", "Environment", "Description", "After", "Requires", "Wanted", "LoadCredential")
     here = {
-        s: {k: v[-1] for k, v in debian.unit(s).items() if not k.startswith(skip)} for s in OURS
+        s: {
+            k: v if len(v) > 1 else v[-1]
+            for k, v in debian.unit(s).items()
+            if not k.startswith(skip)
+        }
+        for s in OURS
     }
     there = {
         s: {k: said(v) for k, v in nix.config(s).items() if not k.startswith(skip)} for s in OURS
     }
     return here, there
+
+
+@row
+def sockets(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    names = ("rave-dispatcher", "rave-launcher")
+    wants = "etc/systemd/system/sockets.target.wants"
+    for name in names:
+        assert debian.tree.file(f"{wants}/{name}.socket").target
+    here = {name: {k: v[-1] for k, v in debian.socket(name).items()} for name in names}
+    there = {}
+    for name, row in nix.at("systemd.sockets").items():
+        flags = {k: {True: "yes"}.get(v, str(v)) for k, v in row["socketConfig"].items()}
+        (wanted,), (stream,) = row["wantedBy"], row["listenStreams"]
+        there[name] = {
+            **flags, "Description": row["description"], "WantedBy": wanted, "ListenStream": stream,
+        }  # fmt: skip
+    return here, there
+
+
+@row
+def launcher(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    """Root's side of an agent task, which the Plan has no row for: it runs when it is asked."""
+    unit = Unit(debian.text("etc/systemd/system/rave-launcher@.service"))
+    here = {k: v[-1] for k, v in unit.items() if k != "ExecStart"}
+    row = nix.at("systemd.services")["rave-launcher@"]
+    there = {k: str(v) for k, v in row["serviceConfig"].items() if k != "ExecStart"}
+    return here, {**there, **row["unitConfig"], "Description": row["description"]}
+
+
+@row
+def dispatcher(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    return debian.text("etc/rave/dispatcher.yaml"), nix.etc("rave/dispatcher.yaml")
 
 
 @row
@@ -546,7 +590,8 @@ def http_directives(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
 def routes(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     here = debian.servers()
     there = nix.servers()
-    realms = {Access.ANYONE: "off", Access.NOBODY: "off"}
+    off = (Access.ANYONE, Access.NOBODY, Access.BEARER, Access.SIGNED)
+    realms = dict.fromkeys(off, "off")
     realms[Access.SIGNED_IN_OR_KEY] = "$rave_router_realm"
     for r in plan.routes:
         host = here[r.host or "_"]

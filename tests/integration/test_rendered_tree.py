@@ -136,7 +136,9 @@ def test_any_valid_profile_renders_twice_to_the_same_bytes(written: dict[str, An
     assert tree == rendered(plan_of(written))
     paths = [f.path for f in tree.files]
     assert paths == sorted(set(paths))
-    assert not any("{{" in f.content or "{%" in f.content for f in tree.files)
+    # the dispatcher's rules have places of their own, which it fills in
+    ours = [f for f in tree.files if not f.path.startswith(("opt/", "etc/rave/dispatcher"))]
+    assert not any("{{" in f.content or "{%" in f.content for f in ours)
 
 
 @pytest.mark.parametrize("name", SHIPPED_NAMES)

@@ -18,6 +18,7 @@ import lzma
 import os
 import re
 import shutil
+import sys
 import tarfile
 import time
 import uuid
@@ -32,7 +33,7 @@ from ravectl.errors import HostError, RavectlError
 from ravectl.model import Account
 
 SUITE = "trixie"
-RECIPE = 5  # raise it when this module makes another base from the same inputs
+RECIPE = 6  # raise it when this module makes another base from the same inputs
 # Newer time stamps are set to this one: 2026-01-01, before which every package of a point
 # release that matters here was built, so that most keep their own.
 EPOCH = 1767225600
@@ -63,7 +64,7 @@ PACKAGES = (
     "procps",
     "prometheus",
     "prometheus-node-exporter",
-    "python3-minimal",
+    "python3",
     "sudo",
     "systemd-sysv",
     "udev",
@@ -94,6 +95,17 @@ NPM_PARTS = (
 )
 
 
+# The dispatcher's libraries: wheels for the suite's Python, by a lock with hashes.
+DISPATCHER = "opt/rave-dispatcher"
+WHEELS_LOCK = "requirements-dispatcher.lock"
+PYTHON = "3.13"
+WHEEL_TAGS = (
+    "--implementation=cp", f"--python-version={PYTHON}", "--abi=cp313", "--abi=abi3", "--abi=none",
+    *(f"--platform=manylinux_2_{minor}_x86_64" for minor in (17, 28, 34)),
+    "--platform=manylinux2014_x86_64",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Package:
     """An installed Debian package."""
@@ -120,6 +132,7 @@ def base_key(accounts: tuple[Account, ...]) -> str:
         RECIPE, SUITE, EPOCH, PACKAGES,
         [[p.name, p.version, p.integrity] for p in NPM_PARTS],
         [[a.name, a.uid, a.home, a.login] for a in accounts],
+        files.find_data(WHEELS_LOCK).read_text(), WHEEL_TAGS,
     ]  # fmt: skip
     return files.digest_value(recipe)[:16]
 
@@ -231,6 +244,7 @@ def make_base(stage: Path, accounts: tuple[Account, ...]) -> Base:
     base.mkdir()
     with contextlib.ExitStack() as stack:
         # npm waits for its registry while dpkg works
+        wheels = stack.enter_context(_fetching_wheels(stage / "wheels"))
         fetching = [(part, stack.enter_context(_fetching(part, stage))) for part in NPM_PARTS]
         with console.step("Debian packages") as step:
             _bootstrap(root, step.update)
@@ -239,6 +253,10 @@ def make_base(stage: Path, accounts: tuple[Account, ...]) -> Base:
             for part, running in fetching:
                 step.update(f"{part.name} {part.version}")
                 _unpack_part(part, _fetched(part, running, stage), root, stage)
+        with console.step("Python parts"):
+            wheels.result()
+            unpack_wheels(stage / "wheels", root / DISPATCHER / "site-packages")
+            compile_python(root, f"{DISPATCHER}/site-packages")
     with console.step("accounts, database, initramfs"):
         _add_accounts(root, accounts)
         pgcluster.make_cluster(root, EPOCH)
@@ -414,6 +432,62 @@ def _unpack_part(part: NpmPart, tarball: Path, root: Path, stage: Path) -> None:
         members = [m for m in tar.getmembers() if m.name.startswith("package/dist/")]
         tar.extractall(stage / short, members=members, filter="data")
     shutil.move(stage / short / "package" / "dist", target / "dist")
+
+
+def _fetching_wheels(into: Path) -> contextlib.AbstractContextManager[command.Background]:
+    """Have pip download the dispatcher's libraries for the machine's Python, meanwhile.
+
+    Wheels only: nothing is built, and none of their code runs on this host.
+    """
+    into.mkdir()
+    return command.background(
+        [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
+         "--no-deps", "--only-binary=:all:", "--require-hashes", *WHEEL_TAGS,
+         "--dest", into, "--requirement", files.find_data(WHEELS_LOCK)],
+        cwd=into,
+        timeout=NPM_SECONDS,
+        hint="check that pip reaches its index: python -m pip download --no-deps uvicorn",
+    )  # fmt: skip
+
+
+def unpack_wheels(folder: Path, target: Path) -> None:
+    """Lay the wheels of a folder out as one site-packages; RavectlError for one that strays."""
+    target.mkdir(parents=True)
+    for wheel in sorted(folder.glob("*.whl")):
+        with zipfile.ZipFile(wheel) as archive:
+            for name in archive.namelist():
+                place = _place_in_site(name)
+                if name.endswith("/") or place is None:
+                    continue
+                path = target / place
+                if ".." in path.parts or path.exists():
+                    raise RavectlError(
+                        f"{wheel.name} would overwrite {place}", f"check {WHEELS_LOCK}"
+                    )
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(archive.read(name))
+
+
+def _place_in_site(name: str) -> str | None:
+    """Where a wheel's file belongs; None for what is none of the library's own."""
+    first, _, rest = name.partition("/")
+    if not first.endswith(".data"):
+        return name
+    kind, _, inner = rest.partition("/")
+    return inner if kind in ("purelib", "platlib") else None
+
+
+def compile_python(root: Path, folder: str) -> None:
+    """Compile the modules below a folder of a root, by the root's own Python.
+
+    A service cannot write beside its code, and would compile it anew at each start: seconds
+    under emulation. The result does not depend on times (unchecked-hash).
+    """
+    command.run(
+        ["chroot", root, "/usr/bin/python3", "-m", "compileall", "-q", "-j1",
+         "--invalidation-mode=unchecked-hash", f"/{folder}"],
+        env={**os.environ, "PYTHONHASHSEED": "0"},
+    )  # fmt: skip
 
 
 def _add_accounts(root: Path, accounts: tuple[Account, ...]) -> None:

@@ -7,16 +7,19 @@ from typing import Final
 
 from ravectl.errors import UsageError
 from ravectl.model import CheckResult, Report, Suite
-from ravectl.verify import http, observability, secrecy, security, service
+from ravectl.verify import events, http, observability, secrecy, security, service
 from ravectl.verify.framework import Check, VerifyTarget, execute
 
 CHECKS: Final[tuple[Check, ...]] = (
     *service.CHECKS,
     *http.CHECKS,
+    *events.HTTP_CHECKS,
+    *events.DATA_CHECKS,
     *secrecy.CHECKS[1:],
     *security.CHECKS,
     *secrecy.CHECKS[:1],
     *observability.CHECKS,
+    *events.OBSERVABILITY_CHECKS,
 )
 
 

@@ -44,12 +44,17 @@ WRONG_PASSWORD = "wrong password"  # noqa: S105
 UNKNOWN_USER = "unknown user"
 RIGHT_KEY = "right key"
 WRONG_KEY = "wrong key"
+RIGHT_TOKEN = "right token"  # noqa: S105
+WRONG_TOKEN = "wrong token"  # noqa: S105
+
+API_TOKEN = "dispatcher/api-token"  # noqa: S105 - a secret's name
 
 # More of a page is not looked at; the router's is megabytes, which is seconds under TCG.
 _BODY_KEPT = 4096
 
 REFUSED = (401,)
 HIDDEN = (403, 404)
+REFUSED_WITHOUT_BODY = (401, 405)  # a request that has none cannot carry a signature over it
 REFUSED_OR_HIDDEN = (401, 403, 404)
 
 
@@ -75,6 +80,7 @@ def admissions(plan: Plan) -> list[Trial]:
         Access.ANYONE: (NOBODY_SIGNED_IN,),
         Access.SIGNED_IN: (SIGNED_IN,),
         Access.SIGNED_IN_OR_KEY: (SIGNED_IN, RIGHT_KEY),
+        Access.BEARER: (RIGHT_TOKEN,),
     }
     return [_trial(r, w, (r.status,)) for r in plan.routes for w in who.get(r.access, ())]
 
@@ -86,9 +92,13 @@ def refusals(plan: Plan) -> list[Trial]:
         outsiders: dict[str, tuple[int, ...]] = {}
         if r.access is Access.NOBODY:
             outsiders = {NOBODY_SIGNED_IN: REFUSED_OR_HIDDEN, SIGNED_IN: HIDDEN}
+        elif r.access is Access.SIGNED:
+            outsiders = {NOBODY_SIGNED_IN: REFUSED_WITHOUT_BODY}
         elif r.access is not Access.ANYONE:
             whom = (NOBODY_SIGNED_IN, WRONG_PASSWORD, UNKNOWN_USER, WRONG_KEY)
             outsiders = dict.fromkeys(whom, REFUSED)
+        if r.access is Access.BEARER:  # neither the password nor the router's key is a token
+            outsiders |= dict.fromkeys((SIGNED_IN, RIGHT_KEY, WRONG_TOKEN), REFUSED)
         if r.access is Access.SIGNED_IN:
             outsiders[RIGHT_KEY] = REFUSED  # it is the router's key and opens nothing else
         found += [_trial(r, who, statuses) for who, statuses in outsiders.items()]
@@ -128,6 +138,8 @@ def _headers(target: VerifyTarget, who: str) -> dict[str, str]:
         UNKNOWN_USER: web.basic(f"no-{user}", password),
         RIGHT_KEY: {"x-api-key": target.router_key},
         WRONG_KEY: {"x-api-key": made_up},
+        RIGHT_TOKEN: {"Authorization": f"Bearer {target.delivery[API_TOKEN].strip()}"},
+        WRONG_TOKEN: {"Authorization": f"Bearer {made_up}"},
     }[who]
 
 

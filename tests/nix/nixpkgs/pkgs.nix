@@ -55,6 +55,29 @@ let
   ] package;
   pkgs = packages // {
     inherit lib runCommand;
+    # the names that nixpkgs' python3Packages has of what the dispatcher needs
+    python3.withPackages =
+      choose:
+      package "python3-with-${
+        toString (
+          builtins.length (
+            choose (
+              lib.genAttrs [
+                "fastapi"
+                "httptools"
+                "opentelemetry-exporter-otlp-proto-http"
+                "opentelemetry-sdk"
+                "prometheus-client"
+                "pydantic"
+                "python-jsonpath"
+                "pyyaml"
+                "uvicorn"
+                "uvloop"
+              ] package
+            )
+          )
+        )
+      }";
     path = ./.;
     callPackage = file: args: import file ({ inherit pkgs; } // args);
     writeText = name: text: runCommand name { inherit text; } ''printf %s "$text" >$out'';
