@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from rave_dispatcher.domain.rules import Condition, Rule, RuleError
+from rave_dispatcher.domain.rules import MAX_NAME, Condition, Rule, RuleError
 from rave_dispatcher.domain.tasks import MAX_PRIORITY, MIN_PRIORITY, AgentType, Backoff
 
 
@@ -70,7 +70,7 @@ class ConditionConfig(_Part):
 class RuleConfig(_Part):
     """See domain.rules.Rule."""
 
-    name: str
+    name: Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
     agent_type: AgentType
     prompt: str
     sources: tuple[str, ...] = ("*",)
@@ -78,6 +78,7 @@ class RuleConfig(_Part):
     conditions: tuple[ConditionConfig, ...] = ()
     priority: int = Field(default=5, ge=MIN_PRIORITY, le=MAX_PRIORITY)
     max_attempts: int | None = Field(default=None, ge=1, le=100)
+    command: tuple[str, ...] | None = Field(default=None, min_length=1)  # not the agent's own
 
     def rule(self) -> Rule:
         """The rule; RuleError when it can never work."""
@@ -92,6 +93,10 @@ class RuleConfig(_Part):
         )  # fmt: skip
 
 
+CredentialName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+SecretName = Annotated[str, Field(pattern=r"^[a-z0-9-]+/[a-z0-9-]+$")]
+
+
 class Agent(_Part):
     """What does the tasks of a type: a command (never a shell's line) and its limits."""
 
@@ -102,6 +107,8 @@ class Agent(_Part):
     processes: int = Field(default=128, gt=0)
     network: bool = False  # beyond this machine
     environment: dict[str, str] = {}
+    # a file's name in $CREDENTIALS_DIRECTORY of the task, and the secret that it is to hold
+    credentials: dict[CredentialName, SecretName] = {}
 
 
 class Tasks(_Part):
@@ -169,7 +176,21 @@ class Config(_Part):
                 row.rule()
             except RuleError as e:
                 raise ValueError(f"rule {row.name!r}: {e}") from None
+        names = [row.name for row in value]
+        if twice := {n for n in names if names.count(n) > 1}:
+            raise ValueError(f"rule {min(twice)!r} is there twice")
         return value
+
+    def agent(self, agent_type: str, rule: str | None) -> Agent | None:
+        """What does a task of a type that a rule made (None: that a person made); None: nothing.
+
+        A rule's own command replaces that of the type, whose limits stay.
+        """
+        found = self.agents.get(AgentType(agent_type)) if agent_type in set(AgentType) else None
+        own = next((r.command for r in self.rules if r.name == rule), None)
+        if own is None:
+            return found
+        return found.model_copy(update={"command": own}) if found else Agent(command=own)
 
 
 def load(path: Path) -> Config:

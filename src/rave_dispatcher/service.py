@@ -48,7 +48,7 @@ def make_runner(config: Config) -> Runner:
     """What runs agents, as configured."""
     if config.runner.kind == "systemd":
         return SystemdRunner(config.runner.socket)
-    return UnconfinedProcessRunner(config.agents, config.runner.home, config.runner.cgroup)
+    return UnconfinedProcessRunner(config.agent, config.runner.home, config.runner.cgroup)
 
 
 @dataclass

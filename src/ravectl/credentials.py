@@ -38,6 +38,7 @@ RENEW_BEFORE = datetime.timedelta(days=30)
 CLOCK_SLACK = datetime.timedelta(hours=1)  # how far a client's clock may be behind ours
 
 PASSWORD_CHARACTERS = string.ascii_letters + string.digits
+_WEBHOOK_PREFIX = "whsec_"
 PASSWORD_LENGTH = 24  # 142 bits
 _PASSWORD_MINIMUM = 22  # 130 bits: what a hash as fast as the ingress's needs
 _SALT_BYTES = 16
@@ -57,6 +58,8 @@ def new_value(kind: SecretKind) -> str:
     """A new random value of a kind that depends on no other value; ValueError for the others."""
     if kind is SecretKind.PASSWORD:
         return "".join(secrets.choice(PASSWORD_CHARACTERS) for _ in range(PASSWORD_LENGTH))
+    if kind is SecretKind.WEBHOOK:
+        return _WEBHOOK_PREFIX + base64.b64encode(secrets.token_bytes(32)).decode()
     if kind is SecretKind.SSH_KEY:
         return _private_text(
             ed25519.Ed25519PrivateKey.generate(), serialization.PrivateFormat.OpenSSH
@@ -78,6 +81,7 @@ def fault(kind: SecretKind, text: str) -> str | None:
 
 _EXPECTED = {
     SecretKind.PASSWORD: f"not {_PASSWORD_MINIMUM} or more letters and digits",
+    SecretKind.WEBHOOK: "not whsec_ and 24 to 64 bytes in base64",
     SecretKind.SSH_KEY: "not an Ed25519 private key in OpenSSH's format",
     SecretKind.TLS_KEY: "not an unencrypted elliptic curve key in PEM",
     SecretKind.CA_KEY: "not an unencrypted elliptic curve key in PEM",
@@ -91,6 +95,8 @@ def _parse(kind: SecretKind, text: str) -> None:
     if kind is SecretKind.PASSWORD:
         if len(text) < _PASSWORD_MINIMUM or set(text) - set(PASSWORD_CHARACTERS):
             raise ValueError
+    elif kind is SecretKind.WEBHOOK:
+        _parse_webhook(text)
     elif kind is SecretKind.SSH_KEY:
         _parse_ssh_key(text.encode())
     elif kind in (SecretKind.TLS_KEY, SecretKind.CA_KEY):
@@ -98,6 +104,13 @@ def _parse(kind: SecretKind, text: str) -> None:
     elif kind in (SecretKind.TLS_CERT, SecretKind.CA_CERT):
         x509.load_pem_x509_certificate(text.encode())
     elif not text.isprintable() or not _GIVEN_LENGTHS[0] <= len(text.strip()) <= _GIVEN_LENGTHS[1]:
+        raise ValueError
+
+
+def _parse_webhook(text: str) -> None:
+    # 24 to 64 bytes: standard-webhooks' specification, "Signature scheme"
+    key = base64.b64decode(text.removeprefix(_WEBHOOK_PREFIX), validate=True)
+    if not text.startswith(_WEBHOOK_PREFIX) or not 24 <= len(key) <= 64:
         raise ValueError
 
 

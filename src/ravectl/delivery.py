@@ -39,6 +39,7 @@ class Values:
     password: str = field(repr=False)
     api_key: str = field(repr=False)
     exporter: str = field(repr=False)
+    api_token: str = field(repr=False)
     host_key: str  # public
     ca_cert: str
     operator_file: Path
@@ -53,6 +54,7 @@ def values_of(
         password=shared.values["ingress/password"],
         api_key=shared.values["ccr/api-key"],
         exporter=shared.values["postgres/exporter-password"],
+        api_token=shared.values["dispatcher/api-token"],
         host_key=credentials.ssh_public(machine.values["ssh/host-key"]),
         ca_cert=shared.values["ca/cert"],
         operator_file=operator.file,
@@ -175,6 +177,8 @@ class Guest:
         rows: list[tuple[str, Callable[[], str | None]]] = []
         if "ingress/htpasswd" in names or "ingress/tls-cert" in names or "ccr/api-key" in names:
             rows.append(("the ingress", lambda: self._try_ingress(good, bad)))
+        if "dispatcher/api-token" in names:
+            rows.append(("the dispatcher", lambda: self._try_dispatcher(good, bad)))
         if "postgres/exporter-scram" in names:
             rows.append(("PostgreSQL", lambda: self._try_database(good, bad)))
         if "ssh/host-key" in names or "ssh/authorized-keys" in names:
@@ -182,10 +186,7 @@ class Guest:
         return rows
 
     def _try_ingress(self, good: Values, bad: Values | None) -> str | None:
-        port = self.instance.endpoint().https_port
         user = self.plan.operator
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.load_verify_locations(cadata=good.ca_cert)
         cert = x509.load_pem_x509_certificate(good.files["ingress/tls-cert"].encode())
         tries = [("/", web.basic(user, good.password), 200, "the password")]
         tries.append(("/ccr/health", {"x-api-key": good.api_key}, 200, "the API key"))
@@ -193,16 +194,36 @@ class Guest:
             tries.append(("/", web.basic(user, bad.password), 401, "the password before"))
         if bad is not None and bad.api_key != good.api_key:
             tries.append(("/ccr/health", {"x-api-key": bad.api_key}, 401, "the API key before"))
+        seen, fault = self._ask(good, tries)
+        if fault is not None:
+            return fault
+        der = cert.public_bytes(serialization.Encoding.DER)
+        return None if seen == der else "another certificate is shown"
+
+    def _try_dispatcher(self, good: Values, bad: Values | None) -> str | None:
+        path = "/api/v1/tasks?limit=1"
+        tries = [(path, web.bearer(good.api_token), 200, "the API token")]
+        if bad is not None and bad.api_token != good.api_token:
+            tries.append((path, web.bearer(bad.api_token), 401, "the API token before"))
+        return self._ask(good, tries)[1]
+
+    def _ask(
+        self, good: Values, tries: Iterable[tuple[str, dict[str, str], int, str]]
+    ) -> tuple[bytes | None, str | None]:
+        """The certificate that was shown last, and which request was not answered as it is to."""
+        port = self.instance.endpoint().https_port
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.load_verify_locations(cadata=good.ca_cert)
         deadline = time.monotonic() + 10
+        seen = None
         for path, headers, status, what in tries:
             # each on a connection of its own: one of before would still be served as before
             with web.Client(port, web.DEFAULT_HOST, context, deadline) as client:
                 seen = client.certificate
                 answer = client.get(path, headers)
                 if answer.status != status:
-                    return f"{what} is answered with {answer.status}, not {status}"
-        der = cert.public_bytes(serialization.Encoding.DER)
-        return None if seen == der else "another certificate is shown"
+                    return seen, f"{what} is answered with {answer.status}, not {status}"
+        return seen, None
 
     def _try_database(self, good: Values, bad: Values | None) -> str | None:
         words = [good.exporter]

@@ -88,6 +88,7 @@ class SecretKind(enum.StrEnum):
     """What a secret's value is, which says how it is made and what it must look like."""
 
     PASSWORD = "password"  # noqa: S105 - 24 letters and digits
+    WEBHOOK = "webhook"  # whsec_ and 32 bytes in base64, as Standard Webhooks writes it
     SSH_KEY = "ssh-key"  # Ed25519, OpenSSH's private form
     TLS_KEY = "tls-key"  # P-256, PKCS#8
     TLS_CERT = "tls-cert"  # of the machine, signed by the workspace's authority
@@ -285,6 +286,50 @@ class Network:
     https_host_port: int | None
 
 
+VERIFY_RULE = "what ravectl verify sends"  # the dispatcher has it before the profile's
+AGENT_TYPES = ("backend-architect", "frontend-developer", "ai-engineer")
+
+
+@dataclass(frozen=True)
+class Agent:
+    """What does the tasks of a type, and what systemd holds each of them to."""
+
+    agent_type: str
+    command: tuple[str, ...]  # words, never a shell's line; the prompt is its standard input
+    seconds: int
+    memory_mb: int
+    cpu_percent: int
+    tasks: int
+    network: bool  # beyond the machine
+    environment: dict[str, str]
+    credentials: dict[str, str]  # a file's name in $CREDENTIALS_DIRECTORY, and its secret
+
+
+@dataclass(frozen=True)
+class RuleCondition:
+    """What the payload of a webhook must have at a JSONPath."""
+
+    path: str
+    equals: str | None  # as JSON
+    matches: str | None
+    negate: bool
+
+
+@dataclass(frozen=True)
+class WebhookRule:
+    """Which webhooks become which task; rave_dispatcher.domain.rules says how it is read."""
+
+    name: str
+    agent_type: str
+    prompt: str
+    sources: tuple[str, ...]
+    types: tuple[str, ...]
+    conditions: tuple[RuleCondition, ...]
+    priority: int
+    max_attempts: int | None
+    command: tuple[str, ...] | None
+
+
 @dataclass(frozen=True)
 class Plan:
     """Everything that a profile implies, resolved. The same profile gives the same Plan."""
@@ -303,6 +348,9 @@ class Plan:
     network: Network
     router_providers: tuple[RouterProvider, ...]
     agent_concurrency: int
+    agents: tuple[Agent, ...]  # one for each of AGENT_TYPES
+    webhook_rules: tuple[WebhookRule, ...]
+    otlp_endpoint: str | None  # where spans go beside the dispatcher's store
     service_memory_mb: int  # what the limits of all services may sum to
 
     def service(self, name: str) -> Service:
@@ -311,12 +359,6 @@ class Plan:
             if service.name == name:
                 return service
         raise KeyError(name)
-
-    @property
-    def agent_memory_mb(self) -> int:
-        """What one agent task may use: what the services leave, shared among those at once."""
-        left = self.service_memory_mb - sum(s.limits.memory_mb for s in self.services)
-        return max(left // self.agent_concurrency, AGENT_MB_LEAST)
 
     def health_path(self, route: Route) -> str | None:
         """Where through the ingress the service behind `route` tells its health, if it does."""

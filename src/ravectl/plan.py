@@ -16,6 +16,7 @@ from ravectl.model import (
     Access,
     Account,
     Activation,
+    Agent,
     EngineName,
     Health,
     Limits,
@@ -30,6 +31,7 @@ from ravectl.model import (
     SecretKind,
     SecretScope,
     Service,
+    WebhookRule,
 )
 
 OPERATOR = "rave"  # Debian has a group called operator already
@@ -66,6 +68,9 @@ def make_plan(
     limits: Mapping[str, _Limits],
     providers: tuple[_Provider, ...],
     agent_concurrency: int,
+    agents: tuple[Agent, ...],
+    rules: tuple[WebhookRule, ...],
+    otlp_endpoint: str | None,
     scrape_seconds: int,
 ) -> Plan:
     """The Plan of a validated profile. The same arguments give the same Plan on every host."""
@@ -91,6 +96,9 @@ def make_plan(
             RouterProvider(name=p.name, url=p.url, models=tuple(p.models)) for p in providers
         ),
         agent_concurrency=agent_concurrency,
+        agents=agents,
+        webhook_rules=rules,
+        otlp_endpoint=otlp_endpoint,
         service_memory_mb=machine.memory_mb - RESERVED_MB,
     )
 
@@ -175,6 +183,7 @@ SERVICES = (
         Health(3001, "/healthz"),
         secrets=(
             "dispatcher/api-token", "dispatcher/gitlab-token", "dispatcher/github-secret",
+            "dispatcher/standard-secret",
         ),
     ),
     _Row(
@@ -223,6 +232,16 @@ ROUTES = (
         "/webhooks/github",
         Access.SIGNED,
         "/webhooks/github",
+        405,
+    ),
+    Route(
+        "standard",
+        "/webhooks/standard",
+        None,
+        3001,
+        "/webhooks/standard",
+        Access.SIGNED,
+        "/webhooks/standard",
         405,
     ),
     # Vibe Kanban addresses its assets and API from the root, so it gets a host name of its
@@ -287,6 +306,10 @@ SECRETS = (
     ),
     Secret(
         "dispatcher/github-secret", SecretKind.PASSWORD, _SHARED, Activation.NONE,
+        owner="rave-dispatcher", group="rave-dispatcher", mode="0400", grace_hours=GRACE_HOURS,
+    ),
+    Secret(
+        "dispatcher/standard-secret", SecretKind.WEBHOOK, _SHARED, Activation.NONE,
         owner="rave-dispatcher", group="rave-dispatcher", mode="0400", grace_hours=GRACE_HOURS,
     ),
     Secret("agents/anthropic-api-key", SecretKind.GIVEN, _SHARED, Activation.RESTART),

@@ -8,6 +8,7 @@ is wrong ends as a ProfileError that names file, line, key and remedy.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -28,9 +29,11 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from rave_dispatcher.domain.rules import Condition, Rule, RuleError
+from rave_dispatcher.domain.tasks import AgentType
 from ravectl import files, model
 from ravectl.errors import ProfileError, UsageError
-from ravectl.model import RESERVED_MB, SERVICE_NAMES
+from ravectl.model import AGENT_MB_LEAST, AGENT_TYPES, RESERVED_MB, SERVICE_NAMES
 
 DEFAULT = "safe"
 WORKSPACE_FILE = "rave.yaml"
@@ -131,6 +134,16 @@ def _within(low: int, high: int) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _filled(value: tuple[object, ...]) -> tuple[object, ...]:
+    if not value:
+        raise _wrong("the list is empty", "write at least one entry")
+    return value
+
+
+# unlike min_length it is not asked when an entry is wrong
+FILLED = AfterValidator(_filled)
+
+
 def _known_service(name: str) -> str:
     if name not in SERVICE_NAMES:
         known = f"the services are {', '.join(SERVICE_NAMES)}"
@@ -138,6 +151,30 @@ def _known_service(name: str) -> str:
     return name
 
 
+def _known_agent(name: str) -> str:
+    if name not in AGENT_TYPES:
+        known = f"the types are {', '.join(AGENT_TYPES)}"
+        raise _wrong("unknown type of agent", _nearest(name, AGENT_TYPES) or known)
+    return name
+
+
+def _agents_secret(name: str) -> str:
+    if name not in AGENT_SECRETS:
+        raise _wrong(
+            f"{_show(name)} is no secret that agents may have",
+            _nearest(name, AGENT_SECRETS) or f"use one of {', '.join(AGENT_SECRETS)}",
+        )
+    return name
+
+
+# it needs no account: it keeps the prompt in the task's folder and repeats it
+DEFAULT_COMMAND = ("/usr/bin/env", "tee", "TASK.md")
+AGENT_SECRETS = ("ccr/api-key", "agents/anthropic-api-key")
+VariableName = Annotated[
+    str, _word("[A-Za-z_][A-Za-z0-9_]{0,63}", "the name of a variable", "'ANTHROPIC_BASE_URL'")
+]
+FileName = Annotated[str, _word("[a-z0-9][a-z0-9._-]{0,63}", "the name of a file", "'router-key'")]
+AgentSecret = Annotated[str, AfterValidator(_agents_secret)]
 Days = Annotated[int, _quantity(TIME, "days", 1, 3650)]
 NAME = "[a-z]([a-z0-9-]{0,30}[a-z0-9])?"  # rave-NAME is a host name
 Name = Annotated[
@@ -200,10 +237,29 @@ class ServiceLimits(_Section):
     tasks: Annotated[int, WHOLE, _within(8, 32768)]
 
 
+Word = Annotated[str, _word(r"[^\x00-\x1f\x7f]{1,4096}", "a word of a command", "'--print'")]
+Command = Annotated[tuple[Word, ...], Field(max_length=64), FILLED]
+AgentName = Annotated[str, AfterValidator(_known_agent)]
+
+
+class AgentSection(_Section):
+    """What does the tasks of a type; what is left out follows from the machine."""
+
+    command: Command = DEFAULT_COMMAND
+    seconds: Annotated[int, _quantity(TIME, "s", 1, 7 * 86400)] = Field(1800, alias="time")
+    memory_mb: Annotated[int, _quantity(SIZE, "MB", 16, 2**20)] | None = Field(None, alias="memory")
+    cpu_percent: Annotated[int, _quantity(SHARE, "%", 5, 6400)] = Field(100, alias="cpu")
+    tasks: Annotated[int, WHOLE, _within(8, 32768)] = 128
+    network: Annotated[bool, Field(strict=True)] | None = None
+    environment: Annotated[dict[VariableName, Word], Field(max_length=64)] = {}
+    credentials: Annotated[dict[FileName, AgentSecret], Field(max_length=16)] = {}
+
+
 class AgentsSection(_Section):
-    """How many agent tasks run at once."""
+    """How many agent tasks run at once, and what runs them."""
 
     concurrency: Annotated[int, WHOLE, _within(1, 64)]
+    types: dict[AgentName, AgentSection] = {}
 
 
 class NetworkSection(_Section):
@@ -236,16 +292,6 @@ class RetentionSection(_Section):
     backup_every: Annotated[int, _quantity(TIME, "min", 1, 1440)]
 
 
-def _filled(value: tuple[object, ...]) -> tuple[object, ...]:
-    if not value:
-        raise _wrong("the list is empty", "write at least one entry")
-    return value
-
-
-# unlike min_length it is not asked when an entry is wrong
-FILLED = AfterValidator(_filled)
-
-
 class ProviderSection(_Section):
     """An endpoint that Claude Code Router may send prompts to."""
 
@@ -270,6 +316,78 @@ class RouterSection(_Section):
         return providers
 
 
+def _is_scalar(value: object) -> object:
+    if not isinstance(value, str | int | float | bool | None):
+        raise _wrong(
+            f"{_show(value)} is not one value", "write a text, a number, true, false or null"
+        )
+    return value
+
+
+class ConditionSection(_Section):
+    """What a webhook's payload must have at a JSONPath (RFC 9535)."""
+
+    path: Annotated[str, Field(max_length=1024)]
+    equals: Annotated[Any, AfterValidator(_is_scalar)] = None
+    matches: Annotated[str, Field(max_length=1024)] | None = None
+    negate: Annotated[bool, Field(strict=True)] = False
+
+    @property
+    def has_equals(self) -> bool:
+        """Whether it says what the value is; that may be null."""
+        return "equals" in self.model_fields_set
+
+
+Glob = Annotated[str, _word(r"[^\x00-\x1f\x7f]{1,128}", "the name of events", "'Issue Hook'")]
+
+
+class RuleSection(_Section):
+    """Which webhooks become which task."""
+
+    name: Annotated[str, _word(r"[^\x00-\x1f\x7f]{1,80}", "a rule's name", "'review changes'")]
+    agent_type: AgentName
+    prompt: Annotated[str, Field(min_length=1, max_length=16384)]
+    sources: Annotated[tuple[Glob, ...], Field(max_length=16), FILLED] = ("*",)
+    types: Annotated[tuple[Glob, ...], Field(max_length=64), FILLED] = ("*",)
+    conditions: Annotated[tuple[ConditionSection, ...], Field(max_length=64)] = ()
+    priority: Annotated[int, WHOLE, _within(0, 9)] = 5
+    max_attempts: Annotated[int, WHOLE, _within(1, 100)] | None = None
+    command: Command | None = None
+
+    @model_validator(mode="after")
+    def _works(self) -> RuleSection:
+        try:
+            for n, c in enumerate(self.conditions):
+                at: Keys = ("conditions", n)
+                Condition(c.path, c.equals, c.matches, c.negate, c.has_equals)
+            at = ("prompt",)
+            Rule(self.name, AgentType(self.agent_type), self.prompt)
+        except RuleError as e:
+            raise _wrong(str(e), "see docs/dispatcher.md for what a rule may say", at) from None
+        return self
+
+
+class WebhooksSection(_Section):
+    """What becomes of webhooks: the first rule that matches decides."""
+
+    rules: Annotated[tuple[RuleSection, ...], Field(max_length=128)] = ()
+
+    @field_validator("rules")
+    @classmethod
+    def _names_differ(cls, rules: tuple[RuleSection, ...]) -> tuple[RuleSection, ...]:
+        for i, rule in enumerate(rules):
+            if rule.name in (model.VERIFY_RULE, *(r.name for r in rules[:i])):
+                remedy = "give each rule a name of its own"
+                raise _wrong(f"{rule.name!r} is there already", remedy, (i, "name"))
+        return rules
+
+
+class TracingSection(_Section):
+    """Where spans go beside the dispatcher's store, by OTLP over HTTP."""
+
+    otlp_endpoint: Url | None = None
+
+
 class NixSection(_Section):
     """How the nix engine builds: how much at once, and where it may fetch from."""
 
@@ -291,6 +409,9 @@ class PlanArguments(TypedDict):
     limits: Mapping[str, ServiceLimits]
     providers: tuple[ProviderSection, ...]
     agent_concurrency: int
+    agents: tuple[model.Agent, ...]
+    rules: tuple[model.WebhookRule, ...]
+    otlp_endpoint: str | None
     scrape_seconds: int
 
 
@@ -305,6 +426,8 @@ class Profile(_Section):
     scrape_seconds: Annotated[int, _quantity(TIME, "s", 1, 60)] = Field(alias="scrape_every")
     retention: RetentionSection
     router: RouterSection
+    webhooks: WebhooksSection = WebhooksSection()
+    tracing: TracingSection = TracingSection()
     nix: NixSection = NixSection()
 
     @field_validator("services")
@@ -371,8 +494,50 @@ class Profile(_Section):
             limits=self.services,
             providers=self.router.providers,
             agent_concurrency=self.agents.concurrency,
+            agents=tuple(self._agent(name) for name in AGENT_TYPES),
+            rules=tuple(_rule(r) for r in self.webhooks.rules),
+            otlp_endpoint=self.tracing.otlp_endpoint,
             scrape_seconds=self.scrape_seconds,
         )
+
+    def _agent_share_mb(self) -> int:
+        """What one task may use: what the services leave, shared among those at once."""
+        taken = sum(s.memory_mb for s in self.services.values())
+        left = self.machine.memory_mb - RESERVED_MB - taken
+        return max(left // self.agents.concurrency, AGENT_MB_LEAST)
+
+    def _agent(self, name: str) -> model.Agent:
+        said = self.agents.types.get(name) or AgentSection.model_validate({})
+        return model.Agent(
+            agent_type=name,
+            command=said.command,
+            seconds=said.seconds,
+            memory_mb=said.memory_mb or self._agent_share_mb(),
+            cpu_percent=said.cpu_percent,
+            tasks=said.tasks,
+            network=self.network.egress if said.network is None else said.network,
+            environment=dict(sorted(said.environment.items())),
+            credentials=dict(sorted(said.credentials.items())),
+        )
+
+    @model_validator(mode="after")
+    def _agents_fit(self) -> Profile:
+        share = self._agent_share_mb()
+        for name, agent in self.agents.types.items():
+            at: Keys = ("agents", "types", name)
+            if (agent.memory_mb or 0) > share:
+                raise _wrong(
+                    f"{agent.memory_mb} MB are more than the services leave for a task, {share} MB",
+                    f"write at most '{share} MB', or a larger machine.memory",
+                    (*at, "memory"),
+                )
+            if agent.network and not self.network.egress:
+                raise _wrong(
+                    "the machine itself reaches nothing outside",
+                    "write network.egress: true as well, or false here",
+                    (*at, "network"),
+                )
+        return self
 
     def nix_settings(self) -> model.NixSettings:
         """How the nix engine builds this profile."""
@@ -382,6 +547,28 @@ class Profile(_Section):
             substituters=self.nix.substituters,
             trusted_public_keys=self.nix.trusted_public_keys,
         )
+
+
+def _rule(said: RuleSection) -> model.WebhookRule:
+    return model.WebhookRule(
+        name=said.name,
+        agent_type=said.agent_type,
+        prompt=said.prompt,
+        sources=said.sources,
+        types=said.types,
+        conditions=tuple(
+            model.RuleCondition(
+                path=c.path,
+                equals=json.dumps(c.equals) if c.has_equals else None,
+                matches=c.matches,
+                negate=c.negate,
+            )
+            for c in said.conditions
+        ),
+        priority=said.priority,
+        max_attempts=said.max_attempts,
+        command=said.command,
+    )
 
 
 # --- choosing one ----------------------------------------------------------------------------

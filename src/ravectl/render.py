@@ -17,7 +17,7 @@ import jinja2
 import yaml
 
 from ravectl.errors import RavectlError
-from ravectl.model import SSH_ANNOUNCEMENT, Plan, RenderedFile, RenderedTree
+from ravectl.model import SSH_ANNOUNCEMENT, VERIFY_RULE, Plan, RenderedFile, RenderedTree
 
 
 def render(
@@ -39,8 +39,11 @@ def render(
     environment.filters["dirname"] = posixpath.dirname
     environment.filters["umask"] = _umask
     environment.filters["nix"] = to_nix
+    environment.filters["yaml"] = to_yaml
+    environment.filters["from_json"] = json.loads
     names = {
-        "plan": plan, "distribution": folder.name, "ssh_announcement": SSH_ANNOUNCEMENT, **extra,
+        "plan": plan, "distribution": folder.name, "ssh_announcement": SSH_ANNOUNCEMENT,
+        "verify_rule": VERIFY_RULE, **extra,
     }  # fmt: skip
     entries: dict[str, Any] = yaml.safe_load((folder / manifest).read_text())
     files = [_file(environment, path, entry or {}, names) for path, entry in entries.items()]
@@ -63,6 +66,21 @@ def _file(
             "if you changed the template, mend that line; else install ravectl again",
         ) from None
     return RenderedFile(path=path, content=content, mode=int(str(entry.get("mode", "644")), 8))
+
+
+class _OneLine(yaml.SafeDumper):
+    """Texts in double quotes, so that a line break in one is an escape."""
+
+
+_OneLine.add_representer(
+    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"')
+)
+_OneLine.add_representer(tuple, yaml.SafeDumper.represent_list)
+
+
+def to_yaml(value: Any) -> str:
+    """A value on one line of YAML. Not as JSON: a character beyond 16 bits is two there."""
+    return yaml.dump([value], Dumper=_OneLine, default_flow_style=True, width=2**31)[1:-2]
 
 
 def _umask(mode: str) -> str:

@@ -779,7 +779,7 @@ def _with(shared: Vault, name: str, value: str | None, now: datetime.datetime) -
 
 def settable() -> tuple[Secret, ...]:
     """The secrets that a person may give a value."""
-    kinds = (SecretKind.PASSWORD, SecretKind.GIVEN)
+    kinds = (SecretKind.PASSWORD, SecretKind.WEBHOOK, SecretKind.GIVEN)
     return tuple(s for s in SECRETS if s.kind in kinds and s.scope is SecretScope.WORKSPACE)
 
 

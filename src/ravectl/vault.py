@@ -349,7 +349,7 @@ def complete(vault: Vault, secrets: tuple[Secret, ...], moment: datetime.datetim
     """A workspace's vault with a value for each declared name that can be made."""
     for s in secrets:
         wanted = s.scope is SecretScope.WORKSPACE and s.name not in vault.values
-        if wanted and s.kind in (SecretKind.PASSWORD, SecretKind.CA_KEY):
+        if wanted and s.kind in (SecretKind.PASSWORD, SecretKind.WEBHOOK, SecretKind.CA_KEY):
             vault = vault.with_value(s.name, credentials.new_value(s.kind), moment)
     return renew_authority(vault, moment)
 

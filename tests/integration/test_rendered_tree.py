@@ -176,7 +176,7 @@ API_KEY = "key-of-the-test"
 # delivered, and read by nothing that is rendered
 UNREAD = (
     "postgres/exporter-password", "dispatcher/api-token", "dispatcher/gitlab-token",
-    "dispatcher/github-secret",
+    "dispatcher/github-secret", "dispatcher/standard-secret",
 )  # fmt: skip
 
 # the tree over stand-ins over this host's root; upper and lower must not lie within each other,

@@ -264,6 +264,18 @@ def test_a_unit_has_the_limits_of_its_agent() -> None:
     assert f"--unit=rave-task-{ORDER.task_id}.service" in words
 
 
+def test_credentials_are_files_that_systemd_hands_over() -> None:
+    words = argv(AGENT.model_copy(update={"credentials": {"router-key": "ccr/api-key"}}))
+    assert "--property=LoadCredential=router-key:/run/secrets/ccr/api-key" in words
+    assert not any("LoadCredential" in w for w in argv())
+
+
+def test_a_word_of_the_command_stays_as_it_is() -> None:
+    words = argv(AGENT.model_copy(update={"command": ("sh", "-c", "echo ${HOME}")}))
+    assert words[-1] == "echo ${HOME}"
+    assert "--expand-environment=no" in words[: words.index("--")]
+
+
 def test_network_only_where_the_profile_says_so() -> None:
     assert not any("IPAddressDeny" in w for w in argv(AGENT.model_copy(update={"network": True})))
 
@@ -277,7 +289,7 @@ def test_nothing_that_the_agent_reads_is_an_argument() -> None:
     "change",
     [
         {"task_id": "../../etc"}, {"task_id": "A" * 36}, {"attempt": 0}, {"attempt": 10**6},
-        {"traceparent": "00-x"}, {"task_id": ORDER.task_id + "\n"},
+        {"traceparent": "00-x"}, {"rule": "x" * 81}, {"rule": 7}, {"task_id": ORDER.task_id + "\n"},
     ],
 )  # fmt: skip
 def test_an_order_of_another_form_is_refused(change: dict[str, Any]) -> None:
@@ -288,7 +300,7 @@ def test_an_order_of_another_form_is_refused(change: dict[str, Any]) -> None:
 def vars_of(order: Order) -> dict[str, Any]:
     return {
         "task_id": order.task_id, "attempt": order.attempt, "agent_type": order.agent_type,
-        "traceparent": order.traceparent,
+        "traceparent": order.traceparent, "rule": order.rule,
     }  # fmt: skip
 
 

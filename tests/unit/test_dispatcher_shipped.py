@@ -8,13 +8,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
 from rave_dispatcher.config import Config, load
-from rave_dispatcher.domain.rules import Rule, concerned, first_match
+from rave_dispatcher.domain.rules import concerned, first_match
 from rave_dispatcher.domain.tasks import AgentType
 from ravectl import files, images, profile
 from ravectl.engines import debian
+from ravectl.errors import ProfileError
 from ravectl.plan import make_plan
+from ravectl.verify.events import EVENT_TYPE
 
 ROOT = Path(__file__).resolve().parents[2]
 PAYLOADS = {p.stem: p for p in (ROOT / "tests/integration/payloads").glob("*.json")}
@@ -70,12 +75,67 @@ def test_what_becomes_of_real_events(payload: str, prompt: str | None, tmp_path:
         assert rule.render(recorded["body"]).startswith(prompt)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples/agents").glob("*.yaml")))
-def test_examples_are_configurations(path: Path) -> None:
-    config = load(path)
-    assert config.agents
-    assert all(isinstance(r.rule(), Rule) for r in config.rules)
-    assert path.name in (path.parent / "README.md").read_text()
+def rendered(folder: Path, text: str) -> Config:
+    """The machine's configuration, of what a person writes in rave.yaml."""
+    (folder / "rave.yaml").write_text(text)
+    plan = make_plan(**profile.select(None, {}, folder / "rave.yaml").plan_arguments())
+    path = folder / "dispatcher.yaml"
+    path.write_text(images.render_debian(plan).file("etc/rave/dispatcher.yaml").content)
+    return load(path)
+
+
+@pytest.mark.parametrize("name", ["claude-code", "plain-agent"])
+def test_examples_reach_the_dispatcher(name: str, tmp_path: Path) -> None:
+    text = (ROOT / "examples" / name / "rave.yaml").read_text()
+    written = yaml.safe_load(text)
+    config = rendered(tmp_path, text)
+    for kind, agent in written["agents"]["types"].items():
+        assert list(config.agents[AgentType(kind)].command) == agent["command"]
+        assert config.agents[AgentType(kind)].credentials == agent.get("credentials", {})
+    # the first is the machine's own
+    assert [r.prompt for r in config.rules[1:]] == [
+        r["prompt"] for r in written["webhooks"]["rules"]
+    ]
+
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), min_size=1, max_size=60)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(prompt=TEXT, value=st.one_of(TEXT, st.integers(), st.booleans(), st.none()))
+def test_what_a_profile_says_arrives_as_it_is(prompt: str, value: object, tmp_path: Path) -> None:
+    rule = {
+        "name": "x", "agent_type": "ai-engineer", "prompt": prompt, "types": ["a:b", "- c"],
+        "conditions": [{"path": "$.a", "equals": value}], "command": ["a b", "#c", "'\"\\"],
+    }  # fmt: skip
+    try:
+        config = rendered(
+            tmp_path, yaml.safe_dump({"extends": "safe", "webhooks": {"rules": [rule]}})
+        )
+    except ProfileError:
+        assume(False)  # a JSONPath that is none
+    made = config.rules[1]
+    assert (made.prompt, made.types, made.command) == (
+        prompt,
+        ("a:b", "- c"),
+        ("a b", "#c", "'\"\\"),
+    )
+    assert made.conditions[0].equals == value
+    assert type(made.conditions[0].equals) is type(value)
+
+
+def test_verifys_own_rule_comes_first_and_asks_no_agent(tmp_path: Path) -> None:
+    config = rendered(tmp_path, (ROOT / "examples/claude-code/rave.yaml").read_text())
+    rules = tuple(r.rule() for r in config.rules)
+    rule = first_match(concerned(rules, "github", EVENT_TYPE), {})
+    assert rule is not None
+    agent = config.agent(rule.agent_type, rule.name)
+    assert agent is not None
+    assert agent.command == ("/usr/bin/env", "tee", "TASK.md")
+    own = config.agent("ai-engineer", None)
+    assert own is not None
+    assert own.command[0] == "/usr/local/bin/claude"
+    assert config.agent("nobody", None) is None
 
 
 def test_every_key_is_in_the_reference() -> None:

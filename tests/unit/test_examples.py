@@ -31,6 +31,22 @@ def test_minimal_gives_postgresql_its_memory() -> None:
     assert not made.network.egress
 
 
+def test_claude_code_gets_the_routers_key_in_a_file() -> None:
+    made = plan_of("claude-code")
+    (agent,) = [a for a in made.agents if a.agent_type == "ai-engineer"]
+    assert agent.network
+    assert agent.credentials == {"router-key": "ccr/api-key"}
+    assert "$CREDENTIALS_DIRECTORY/router-key" in agent.command[-1]
+    assert [r.agent_type for r in made.webhook_rules] == ["ai-engineer"] * 2
+
+
+def test_a_plain_agent_needs_nothing() -> None:
+    made = plan_of("plain-agent")
+    (agent,) = [a for a in made.agents if a.agent_type == "backend-architect"]
+    assert (agent.command, agent.seconds, agent.memory_mb) == (("/usr/bin/wc", "--words"), 60, 64)
+    assert not agent.network
+
+
 def test_open_egress_opens_the_way_out() -> None:
     made = plan_of("open-egress")
     assert made.network.egress

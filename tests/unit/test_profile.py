@@ -528,6 +528,7 @@ def test_reference_has_every_key_with_its_default(column: int) -> None:
     services = written.pop("services")
     expected = {f"`{'.'.join(at)}`": get(written, at) for at in leaves(written)}
     expected.pop("`router.providers`")
+    expected.pop("`webhooks.rules`")
     rows = {row[0]: row for row in ROWS}
     seen = {key: yaml.safe_load(rows[key][column].strip("`")) for key in expected}
     assert seen == expected

@@ -22,7 +22,7 @@ PLANS = {"one": PLAN, "two": PLAN}
 ROUTINE = {
     "ingress/tls-key", "ingress/tls-cert", "ingress/password", "ccr/api-key",
     "postgres/exporter-password", "dispatcher/api-token", "dispatcher/gitlab-token",
-    "dispatcher/github-secret",
+    "dispatcher/github-secret", "dispatcher/standard-secret",
 }  # fmt: skip
 
 
@@ -110,7 +110,9 @@ def test_webhook_secrets_overlap_and_the_overlap_ends(before: Secrets) -> None:
     assert not later.shared.previous
     assert not later.shared.until
     for s in SECRETS:
-        assert bool(s.grace_hours) == s.name.endswith(("gitlab-token", "github-secret")), s.name
+        assert bool(s.grace_hours) == s.name.endswith(
+            ("gitlab-token", "github-secret", "standard-secret")
+        ), s.name
 
 
 def test_what_a_sender_may_still_use_is_not_rotated_again() -> None:

@@ -155,7 +155,9 @@ class ExecuteAgentTask:
     async def _run(self, task: Task, span: Span) -> None:
         assert task.lease is not None
         token = task.lease.token
-        job = Job(task.task_id, task.attempt, task.agent_type, task.prompt, span.trace)
+        job = Job(
+            task.task_id, task.attempt, task.agent_type, task.prompt, span.trace, task.rule
+        )  # fmt: skip
         output = _Output(self._store, task, self._execution.max_output)
         began = self._clock.steady_ms()
         running = asyncio.create_task(self._runner.run(job, output.append))

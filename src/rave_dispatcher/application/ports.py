@@ -214,6 +214,7 @@ class Job:
     agent_type: AgentType
     prompt: str
     trace: Trace
+    rule: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -156,6 +156,7 @@ class ProcessWebhook:
             priority=rule.priority,
             max_attempts=rule.max_attempts or self._policy.max_attempts,
             event_uuid=incoming.event_uuid,
+            rule=rule.name,
             not_before_ms=self._clock.steady_ms(),
         )
 

@@ -19,6 +19,7 @@ import jsonpath
 from rave_dispatcher.domain.tasks import DEFAULT_PRIORITY, AgentType
 
 MAX_PROMPT = 64 * 1024
+MAX_NAME = 80
 _PLACE = re.compile(r"\{\{\s*(\$.*?)\s*\}\}", re.S)
 
 

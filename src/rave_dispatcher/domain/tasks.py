@@ -116,6 +116,7 @@ class Task:
     priority: int = DEFAULT_PRIORITY
     max_attempts: int = 3
     event_uuid: str | None = None
+    rule: str | None = None  # the name of the rule that made it of an event
     status: Status = Status.PENDING
     attempt: int = 0
     not_before_ms: int = 0

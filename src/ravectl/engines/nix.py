@@ -44,6 +44,7 @@ FORMATS = {
 # the values of the flake's own VM test: shell words, in a folder where these files were made
 TEST_VALUES = {
     SecretKind.PASSWORD: "test-password",
+    SecretKind.WEBHOOK: "whsec_dGVzdC10ZXN0LXRlc3QtdGVzdC10ZXN0",
     SecretKind.SSH_KEY: "$(cat host)",
     SecretKind.TLS_KEY: "$(cat tls.key)",
     SecretKind.TLS_CERT: "$(cat tls.crt)",

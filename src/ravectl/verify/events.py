@@ -75,7 +75,7 @@ class _Asker:
 
     def __init__(self, target: VerifyTarget, client: web.Client) -> None:
         self._client = client
-        self._token = {"Authorization": f"Bearer {target.delivery[API_TOKEN].strip()}"}
+        self._token = web.bearer(target.delivery[API_TOKEN].strip())
         self.rows: list[dict[str, object]] = []
 
     def post(self, label: str, path: str, body: bytes, headers: Mapping[str, str]) -> Any:

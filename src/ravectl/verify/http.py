@@ -138,8 +138,8 @@ def _headers(target: VerifyTarget, who: str) -> dict[str, str]:
         UNKNOWN_USER: web.basic(f"no-{user}", password),
         RIGHT_KEY: {"x-api-key": target.router_key},
         WRONG_KEY: {"x-api-key": made_up},
-        RIGHT_TOKEN: {"Authorization": f"Bearer {target.delivery[API_TOKEN].strip()}"},
-        WRONG_TOKEN: {"Authorization": f"Bearer {made_up}"},
+        RIGHT_TOKEN: web.bearer(target.delivery[API_TOKEN].strip()),
+        WRONG_TOKEN: web.bearer(made_up),
     }[who]
 
 

@@ -41,6 +41,11 @@ def basic(user: str, password: str) -> dict[str, str]:
     return {"Authorization": f"Basic {token}"}
 
 
+def bearer(token: str) -> dict[str, str]:
+    """The header that shows a token."""
+    return {"Authorization": f"Bearer {token}"}
+
+
 def trusting(ca_cert: Path) -> ssl.SSLContext:
     """A TLS context that accepts only chains to the workspace's CA."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

@@ -30,7 +30,7 @@ from rave_dispatcher.adapters.runners.unit import (
 )
 from rave_dispatcher.config import Agent, Config
 from rave_dispatcher.domain.rules import MAX_PROMPT
-from rave_dispatcher.domain.tasks import AgentType, Outcome, Usage
+from rave_dispatcher.domain.tasks import Outcome, Usage
 
 RUN = Path("/run/rave-launcher")
 HEAD_MOST = 4096
@@ -82,11 +82,11 @@ def _receive(connection: socket.socket, _: bytes) -> bytes:
 
 
 def find_agent(config: Config, order: Order) -> Agent:
-    """The configured agent of the order's type; RefusedError when there is none."""
-    try:
-        return config.agents[AgentType(order.agent_type)]
-    except (ValueError, KeyError):
-        raise RefusedError(f"no command is configured for {order.agent_type[:40]!r}") from None
+    """The agent that is configured for an order; RefusedError when there is none."""
+    found = config.agent(order.agent_type, order.rule)
+    if found is None:
+        raise RefusedError(f"no command is configured for {order.agent_type[:40]!r}")
+    return found
 
 
 def serve(connection: socket.socket, config: Config) -> None:

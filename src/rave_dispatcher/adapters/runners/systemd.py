@@ -35,7 +35,9 @@ class SystemdRunner:
             return _lost(f"the launcher cannot be reached: {e.strerror}")
         try:
             prompt = job.prompt.encode("utf-8", "replace")
-            order = Order(job.task_id, job.attempt, job.agent_type.value, traceparent(job.trace))
+            order = Order(
+                job.task_id, job.attempt, job.agent_type.value, traceparent(job.trace), job.rule
+            )  # fmt: skip
             head = {**dataclasses.asdict(order), "prompt_bytes": len(prompt)}
             writer.write(json.dumps(head).encode() + b"\n" + prompt)
             await writer.drain()

@@ -12,31 +12,32 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from rave_dispatcher.adapters.runners.unit import make_usage
 from rave_dispatcher.adapters.tracing import traceparent
 from rave_dispatcher.application.ports import Job, Ran
 from rave_dispatcher.config import Agent
-from rave_dispatcher.domain.tasks import AgentType, Outcome, Usage
+from rave_dispatcher.domain.tasks import Outcome, Usage
 
 # enters the cgroup before the agent's command begins, so that nothing goes uncounted
 _ENTER = 'echo $$ >"$0"/cgroup.procs && exec "$@"'
 GRACE_SECONDS = 2.0
 
 
+FindAgent = Callable[[str, str | None], Agent | None]  # by type and rule
+
+
 class UnconfinedProcessRunner:
     """The runner port, without any limits but time."""
 
-    def __init__(
-        self, agents: Mapping[AgentType, Agent], home: Path, cgroup: Path | None = None
-    ) -> None:
-        self._agents, self._home, self._cgroup = agents, home, cgroup
+    def __init__(self, agents: FindAgent, home: Path, cgroup: Path | None = None) -> None:
+        self._agent, self._home, self._cgroup = agents, home, cgroup
 
     async def run(self, job: Job, on_output: Callable[[bytes], Awaitable[None]]) -> Ran:
         """Run an agent to its end."""
-        agent = self._agents.get(job.agent_type)
+        agent = self._agent(job.agent_type.value, job.rule)
         if agent is None:
             detail = f"no command is configured for {job.agent_type}"
             return Ran(Outcome.NOT_STARTED, detail, Usage(0, None, None))

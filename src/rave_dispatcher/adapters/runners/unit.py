@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rave_dispatcher.config import Agent
+from rave_dispatcher.domain.rules import MAX_NAME
 from rave_dispatcher.domain.tasks import Outcome, Usage
 
 _ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-0[01]")
 STOP_SECONDS = 5
+SECRETS = "/run/secrets"
 
 SANDBOX = (
     "NoNewPrivileges=yes",
@@ -47,6 +49,7 @@ class Order:
     attempt: int
     agent_type: str
     traceparent: str
+    rule: str | None = None
 
     def fault(self) -> str | None:
         """What is wrong with it, or None."""
@@ -56,6 +59,8 @@ class Order:
             return "attempt is out of range"
         if not _TRACEPARENT.fullmatch(self.traceparent):
             return "traceparent is of another form"
+        if not (self.rule is None or (isinstance(self.rule, str) and len(self.rule) <= MAX_NAME)):
+            return "rule is no name of one"
         return None
 
     @property
@@ -84,10 +89,12 @@ def systemd_run_argv(
         f"TasksMax={agent.processes}", f"RuntimeMaxSec={agent.seconds}",
         f"TimeoutStopSec={STOP_SECONDS}", "KillMode=control-group", "OOMPolicy=kill",
         "OOMScoreAdjust=500", "CPUAccounting=yes", "MemoryAccounting=yes",
+        *(f"LoadCredential={n}:{SECRETS}/{s}" for n, s in sorted(agent.credentials.items())),
         *SANDBOX, *network,
     )  # fmt: skip
     return [
-        "systemd-run", "--quiet", "--no-ask-password", f"--unit={order.unit}",
+        "systemd-run", "--quiet", "--no-ask-password", "--expand-environment=no",
+        f"--unit={order.unit}",
         f"--description=agent task {order.task_id} ({order.agent_type})",
         *(f"--property={p}" for p in properties),
         *(f"--setenv={k}={v}" for k, v in sorted(environment.items())),

@@ -175,7 +175,8 @@ def export(path: Path, since_ms: int = 0) -> Iterator[str]:
             t = task_of(row)
             yield json.dumps({
                 "kind": "task", "task_id": t.task_id, "event_uuid": t.event_uuid,
-                "agent_type": t.agent_type, "project": t.project, "status": t.status,
+                "rule": t.rule, "agent_type": t.agent_type, "project": t.project,
+                "status": t.status,
                 "prompt": t.prompt, "attempt": t.attempt, "created_ms": t.created_ms,
                 "completed_ms": t.completed_ms, "outcome": t.outcome, "detail": t.detail,
                 "trace_id": t.trace.trace_id,

@@ -23,7 +23,7 @@ _TASK_FIELDS = (
     "task_id", "event_uuid", "agent_type", "project", "priority", "prompt", "trace_id", "span_id",
     "status", "attempt", "max_attempts", "created_ms", "not_before_ms", "completed_ms",
     "lease_token", "lease_until_ms", "cancel_requested", "outcome", "detail", "duration_ms",
-    "memory_usage_mb", "cpu_usage_percent",
+    "memory_usage_mb", "cpu_usage_percent", "rule",
 )  # fmt: skip
 TASK_COLUMNS = "seq, " + ", ".join(_TASK_FIELDS)
 INSERT_TASK = (
@@ -76,7 +76,7 @@ def task_row(task: Task) -> tuple[Any, ...]:
         lease.token if lease else None, lease.until_ms if lease else None,
         int(task.cancel_requested), task.outcome.value if task.outcome else None, task.detail,
         usage.duration_ms if usage else None, usage.memory_usage_mb if usage else None,
-        usage.cpu_usage_percent if usage else None,
+        usage.cpu_usage_percent if usage else None, task.rule,
     )  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def task_of(row: tuple[Any, ...]) -> Task:
         not_before_ms=r["not_before_ms"], lease=lease,
         cancel_requested=bool(r["cancel_requested"]),
         outcome=Outcome(r["outcome"]) if r["outcome"] else None, detail=r["detail"],
-        completed_ms=r["completed_ms"], usage=usage,
+        completed_ms=r["completed_ms"], usage=usage, rule=r["rule"],
     )  # fmt: skip
 
 

@@ -93,6 +93,7 @@ MIGRATIONS = (
     ) STRICT;
     CREATE INDEX metrics_timestamp ON metrics (timestamp_ms);
     """,
+    "ALTER TABLE tasks ADD COLUMN rule TEXT;",
 )
 VERSION = len(MIGRATIONS)
 APPLICATION_ID = 0x52415645  # "RAVE": tells our files from others'
