@@ -270,8 +270,25 @@ def test_a_migration_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.Monke
             schema.migrate(c)
         if c.in_transaction:
             c.execute("ROLLBACK")
-        assert schema.version_of(c) == 1
+        assert schema.version_of(c) == len(bad) - 1
         assert c.execute("SELECT name FROM sqlite_master WHERE name = 'good'").fetchall() == []
+
+
+def test_a_store_of_a_former_version_goes_on_with_what_it_has(tmp_path: Path) -> None:
+    with dispatcher.running(tmp_path, rules=RULES) as d:
+        d.hook(b'{"n": 1}')
+        d.wait_for("/v1/tasks?status=completed", lambda p: len(p["items"]) == 1)
+        assert d.stop() == 0
+    with contextlib.closing(sqlite3.connect(d.store)) as c:
+        # as the first version had it
+        c.executescript("ALTER TABLE tasks DROP COLUMN rule; PRAGMA user_version = 1;")
+    with dispatcher.running(tmp_path / "later", rules=RULES, store=d.config["store"]) as d:
+        (task,) = d.wait_for("/v1/tasks", lambda p: p["items"])["items"]
+        assert task["status"] == "completed"
+        d.hook(b'{"n": 2}')
+        d.wait_for("/v1/tasks?status=completed", lambda p: len(p["items"]) == 2)
+        lines = [json.loads(x) for x in d.run("export").stdout.splitlines()]
+    assert [x["rule"] for x in lines if x["kind"] == "task"] == [None, RULES[0]["name"]]
 
 
 def test_a_client_that_waits_while_the_store_is_busy_is_not_forgotten(tmp_path: Path) -> None:

@@ -102,7 +102,9 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), min_siz
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-@given(prompt=TEXT, value=st.one_of(TEXT, st.integers(), st.booleans(), st.none()))
+@given(
+    prompt=TEXT, value=st.one_of(TEXT, st.integers(-(2**63), 2**63 - 1), st.booleans(), st.none())
+)
 def test_what_a_profile_says_arrives_as_it_is(prompt: str, value: object, tmp_path: Path) -> None:
     rule = {
         "name": "x", "agent_type": "ai-engineer", "prompt": prompt, "types": ["a:b", "- c"],
