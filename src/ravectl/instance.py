@@ -28,12 +28,12 @@ from ravectl.model import (
     EngineName,
     InstanceState,
     Plan,
+    form_of,
     from_json,
     to_json,
 )
 from ravectl.workspace import Workspace
 
-VERSION = 2
 PINS_FILE = "ssh_host_keys.pub"
 POWERED_OFF = "reboot: Power down"  # the kernel's last words at an orderly end
 PANIC = "Kernel panic - not syncing"
@@ -45,7 +45,7 @@ _ESCAPES = re.compile(r"\x1b(\[[0-9;?!]*[A-Za-z]|[()].|\][^\x07\x1b\n]*(\x07|\x1
 class Record:
     """What is remembered of an instance. `image` is None after a reset."""
 
-    version: int
+    form: str  # FORM of the ravectl that wrote it
     uuid: str
     image: str | None
     engine: EngineName
@@ -56,6 +56,9 @@ class Record:
     up: bool  # started, and not brought down since
     serial: int = 0  # of the last bundle of secrets that was made for it
     recipient: str | None = None  # whom bundles are encrypted for since its last start
+
+
+FORM = form_of(Record)
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Instance:
             return None
         value = files.read_json(self._record_file)
         remedy = f"throw the instance away: rm -r '{self.folder}'"
-        if not isinstance(value, dict) or value.get("version") != VERSION:
+        if not isinstance(value, dict) or value.get("form") != FORM:
             raise RavectlError(
                 f"instance {self.name!r} was made by another version of ravectl", remedy
             )
@@ -243,9 +246,7 @@ class Instance:
 
 def new_record(plan: Plan, engine: EngineName) -> Record:
     """The record of an instance that was never started."""
-    return Record(
-        VERSION, str(uuids.uuid4()), None, engine, plan, Accelerator.TCG, {}, None, up=False
-    )
+    return Record(FORM, str(uuids.uuid4()), None, engine, plan, Accelerator.TCG, {}, None, up=False)
 
 
 def list_instances(folder: Path) -> list[Instance]:

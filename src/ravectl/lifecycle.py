@@ -148,7 +148,7 @@ def _prepare(instance: Instance, plan: Plan, get_image: Callable[[], Image]) -> 
         instance.overlay.unlink(missing_ok=True)
         _make_overlay(instance.overlay, image)
         record = Record(
-            record.version, record.uuid, image.digest, image.engine, image.plan,
+            record.form, record.uuid, image.digest, image.engine, image.plan,
             record.accelerator, record.ports, None, up=False,
         )  # fmt: skip
     instance.save(record)

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import hashlib
+import json
 import types
 import typing
 from dataclasses import dataclass
@@ -525,6 +527,24 @@ def from_json(kind: type[T], value: Any) -> T:
     Raises ValueError (or KeyError, TypeError) when `value` is not of that form.
     """
     return typing.cast(T, _build(kind, value))
+
+
+def form_of(kind: type) -> str:
+    """A digest of which fields a dataclass has, and those within it: it tells what was written
+    by a ravectl whose model is another."""
+    rows: dict[str, list[str]] = {}
+    _collect_form(kind, rows)
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _collect_form(kind: Any, rows: dict[str, list[str]]) -> None:
+    for inner in typing.get_args(kind):
+        _collect_form(inner, rows)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type) and kind.__name__ not in rows:
+        hints = typing.get_type_hints(kind)
+        rows[kind.__name__] = [f"{name}: {hint}" for name, hint in hints.items()]
+        for hint in hints.values():
+            _collect_form(hint, rows)
 
 
 def _build(kind: Any, value: Any) -> Any:  # noqa: PLR0911

@@ -34,8 +34,8 @@ def test_the_record_is_read_back(found: Instance) -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("{", "cannot be read"), ('{"version": 99}', "another version"), ("[]", "another version"),
-     ('{"version": 2, "uuid": 5}', "is damaged")],
+    [("{", "cannot be read"), ('{"form": "99"}', "another version"), ("[]", "another version"),
+     (f'{{"form": "{instance.FORM}", "uuid": 5}}', "is damaged")],
 )  # fmt: skip
 def test_a_damaged_record_is_named(found: Instance, text: str, said: str) -> None:
     (found.folder / "instance.json").write_text(text)
