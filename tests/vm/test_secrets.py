@@ -295,8 +295,9 @@ def test_cut_short_at_every_step(running: Tool, what: str, step: str) -> None:
     assert_all_authenticate(running)
 
 
-@pytest.mark.parametrize("step", STEPS)
-def test_the_machine_dies_at_every_step(running: Tool, step: str) -> None:
+# between them nothing changes hands; test_rotation_states.py walks all of them with the real helper
+@pytest.mark.parametrize("step", ["staged", "activated", "verified", "committed", "closed"])
+def test_the_machine_dies_on_the_way(running: Tool, step: str) -> None:
     before = values(running)
     done = losing(running, step, "qemu", "rotate-secrets", *ROTATED)
     assert "Traceback" not in done.stderr
