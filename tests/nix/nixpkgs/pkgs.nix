@@ -87,6 +87,13 @@ let
         printf '#!/bin/bash\n%s\n' "$text" >$out
         chmod +x $out
       '';
+    writeShellScriptBin =
+      name: text:
+      runCommand name { inherit text; } ''
+        mkdir -p $out/bin
+        printf '#!/bin/bash\n%s\n' "$text" >$out/bin/${name}
+        chmod +x $out/bin/${name}
+      '';
     closureInfo =
       { rootPaths }:
       runCommand "closure-info" { inherit rootPaths; } ''
