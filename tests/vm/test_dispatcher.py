@@ -131,11 +131,6 @@ def run(tool: Tool, script: str, seconds: float = 90) -> tuple[dict[str, Any], s
             time.sleep(0.3)
 
 
-def outcome_of(tool: Tool, task: dict[str, Any]) -> str:
-    shown = json.loads(tool("task", "show", task["task_id"], "--json").stdout)
-    return str(shown["outcome"])
-
-
 # --- tasks -----------------------------------------------------------------------------------
 
 
@@ -175,7 +170,7 @@ def test_its_figures_are_those_of_its_unit(shell: Tool) -> None:
 
 def test_a_memory_hog_is_ended_alone(shell: Tool) -> None:
     task, _ = run(shell, "head -c 900M /dev/zero | tail")
-    assert outcome_of(shell, task) == "out-of-memory"
+    assert task["outcome"] == "out-of-memory"
     assert shown(shell, "NRestarts", "ActiveState") == ["0", "active"]
 
 
@@ -183,7 +178,7 @@ def test_a_time_out_ends_the_whole_tree(shell: Tool) -> None:
     task, output = run(
         shell, "sleep 1001 & setsid sleep 1002 & (trap '' TERM; sleep 1003) & echo on; wait"
     )
-    assert outcome_of(shell, task) == "timed-out"
+    assert task["outcome"] == "timed-out"
     assert output == "on\n"
     assert root(shell, "pgrep -u agent -a || echo none") == "none\n"
 
