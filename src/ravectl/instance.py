@@ -33,7 +33,7 @@ from ravectl.model import (
 )
 from ravectl.workspace import Workspace
 
-VERSION = 2
+VERSION = 3
 PINS_FILE = "ssh_host_keys.pub"
 POWERED_OFF = "reboot: Power down"  # the kernel's last words at an orderly end
 PANIC = "Kernel panic - not syncing"
