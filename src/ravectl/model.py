@@ -25,6 +25,9 @@ AGENT_MB_LEAST = 64  # a profile whose services leave less gets tasks that run o
 INGRESS_PORT = 3002
 SSH_ANNOUNCEMENT = "rave: ssh listens"  # what the guest says on its console, for `up`
 LOG_BURST_SECONDS = 30  # what journald itself has: RateLimitIntervalSec= in journald.conf(5)
+HOST_ADDRESS = "10.0.2.2"  # this host, as a machine on QEMU's user network sees it
+# where a closed machine finds its log receiver: in that network, and nobody else's
+RELAY_ADDRESS = "10.0.2.100"
 RESERVED_MB = 384  # kernel, systemd, journal and sessions: what the services' limits leave free
 
 # in the order in which a person reads them; a profile gives each its limits, plan.SERVICES the rest
@@ -340,6 +343,27 @@ class Plan:
     router_providers: tuple[RouterProvider, ...]
     agent_concurrency: int
     service_memory_mb: int  # what the limits of all services may sum to
+
+    @property
+    def forward_relayed(self) -> bool:
+        """Whether QEMU relays the journal, since the machine itself reaches nothing."""
+        return self.logs.forward is not None and not self.network.egress
+
+    @property
+    def forward_url(self) -> str | None:
+        """Where the machine sends its journal, as it sees it; None: nowhere."""
+        target = self.logs.forward
+        if target is None or not self.forward_relayed or target.host != HOST_ADDRESS:
+            return None if target is None else target.url
+        return f"http://{RELAY_ADDRESS}:{target.port}"
+
+    @property
+    def forward_alias(self) -> str | None:
+        """The receiver's name that leads to the relay: TLS needs the name that was certified."""
+        target = self.logs.forward
+        if target is None or not self.forward_relayed or target.host == HOST_ADDRESS:
+            return None
+        return target.host
 
     def service(self, name: str) -> Service:
         """The service called `name`; KeyError when the Plan has none."""

@@ -419,6 +419,12 @@ class Profile(_Section):
     @model_validator(mode="after")
     def _receiver_has_a_name(self) -> Profile:
         target = _forward(self.logs.forward)
+        if target and target.host.lower() == "localhost":
+            raise _wrong(
+                "localhost is the machine itself",
+                "write the receiver's own name, or for this host 'http://10.0.2.2:PORT'",
+                ("logs", "forward", "url"),
+            )
         numeric = target and re.fullmatch(r"[0-9.]+", target.host)
         if target and numeric and target.encrypted and not self.network.egress:
             raise _wrong(

@@ -17,7 +17,14 @@ import jinja2
 import yaml
 
 from ravectl.errors import RavectlError
-from ravectl.model import LOG_BURST_SECONDS, SSH_ANNOUNCEMENT, Plan, RenderedFile, RenderedTree
+from ravectl.model import (
+    LOG_BURST_SECONDS,
+    RELAY_ADDRESS,
+    SSH_ANNOUNCEMENT,
+    Plan,
+    RenderedFile,
+    RenderedTree,
+)
 
 
 def render(
@@ -41,11 +48,22 @@ def render(
     environment.filters["nix"] = to_nix
     names = {
         "plan": plan, "distribution": folder.name, "ssh_announcement": SSH_ANNOUNCEMENT,
-        "log_burst_seconds": LOG_BURST_SECONDS, **extra,
+        "log_burst_seconds": LOG_BURST_SECONDS, "relay_address": RELAY_ADDRESS, **extra,
     }  # fmt: skip
     entries: dict[str, Any] = yaml.safe_load((folder / manifest).read_text())
-    files = [_file(environment, path, entry or {}, names) for path, entry in entries.items()]
+    files = [
+        _file(environment, path, entry or {}, names)
+        for path, entry in entries.items()
+        if _wanted(environment, entry or {}, names)
+    ]
     return RenderedTree(tuple(sorted(files, key=lambda f: f.path)))
+
+
+def _wanted(
+    environment: jinja2.Environment, entry: dict[str, Any], names: dict[str, object]
+) -> bool:
+    """Whether a machine of this Plan has the file: `when` is an expression of Jinja."""
+    return "when" not in entry or bool(environment.compile_expression(entry["when"])(**names))
 
 
 def _file(

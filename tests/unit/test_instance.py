@@ -35,7 +35,7 @@ def test_the_record_is_read_back(found: Instance) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [("{", "cannot be read"), ('{"version": 99}', "another version"), ("[]", "another version"),
-     ('{"version": 2, "uuid": 5}', "is damaged")],
+     ('{"version": 3, "uuid": 5}', "is damaged")],
 )  # fmt: skip
 def test_a_damaged_record_is_named(found: Instance, text: str, said: str) -> None:
     (found.folder / "instance.json").write_text(text)

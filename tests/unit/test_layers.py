@@ -27,6 +27,7 @@ ROWS = [
         "workspace",
         "health",
         "imagelock",
+        "relay",
     },
     {"vault"},
     {"images", "instance", "verify", "doctor"},
