@@ -78,9 +78,9 @@ def follow(
         except UnreachableError as e:
             if not started:
                 raise
-            wait = backoff.failed()
-            lost(Lost(e.message, wait))
-            time.sleep(wait)
+            why = backoff.failed(e.message)
+            lost(why)
+            time.sleep(why.seconds)
         except (KeyError, TypeError):
             raise RavectlError(
                 "the dispatcher's answer is not a list of events",

@@ -195,7 +195,8 @@ def planned_unit(plan: Plan, engine: EngineName, name: str) -> str | None:
 
 def unknown_unit(name: str, known: Iterable[str]) -> UsageError:
     """The error for a unit that is not there, with the nearest that is."""
-    short = {k.removesuffix(".service"): k for k in reversed(list(known))}
-    near = difflib.get_close_matches(name.removesuffix(".service"), short, n=1)
-    remedy = f"did you mean {short[near[0]]!r}?" if near else "see what there is: ravectl status -w"
+    ordered = list(known)
+    names = {k: k for k in ordered} | {k.removesuffix(".service"): k for k in reversed(ordered)}
+    near = difflib.get_close_matches(name, names, n=1)
+    remedy = f"did you mean {names[near[0]]!r}?" if near else "see what there is: ravectl status -w"
     return UsageError(f"the machine has no unit {name!r}", remedy)

@@ -18,26 +18,31 @@ MOST_SECONDS = 10.0  # a machine that is up again is noticed within this
 
 @dataclass(frozen=True)
 class Lost:
-    """Why there is no connection, and in how many seconds the next attempt is made."""
+    """Why there is no connection, and in how many seconds the next attempt is made.
+
+    `attempts` were made in vain since it was lost.
+    """
 
     reason: str
     seconds: float
+    attempts: int
 
 
 class Backoff:
     """How long to wait before the next attempt: twice as long each time, within bounds."""
 
     def __init__(self) -> None:
-        self._next = FIRST_SECONDS
+        self._failures = 0
 
-    def failed(self) -> float:
-        """Seconds to wait after one more failure."""
-        now, self._next = self._next, min(2 * self._next, MOST_SECONDS)
-        return now
+    def failed(self, reason: str) -> Lost:
+        """What follows from one more failure."""
+        wait = min(FIRST_SECONDS * 2.0 ** min(self._failures, 10), MOST_SECONDS)
+        self._failures += 1
+        return Lost(reason, wait, self._failures - 1)
 
     def worked(self) -> None:
         """Begin anew: something came through."""
-        self._next = FIRST_SECONDS
+        self._failures = 0
 
 
 def stay(
@@ -60,13 +65,9 @@ def stay(
             with lifecycle.connect_again(instance) as connection:
                 work(connection, backoff.worked)
         except OSError as e:
-            wait = backoff.failed()
-            lost(Lost(_reason(e), wait))
-            time.sleep(wait)
-
-
-def _reason(e: OSError) -> str:
-    return " ".join(str(e).split()) or type(e).__name__
+            why = backoff.failed(" ".join(str(e).split()) or type(e).__name__)
+            lost(why)
+            time.sleep(why.seconds)
 
 
 def check_running(instance: Instance) -> None:

@@ -166,7 +166,7 @@ def logs(
     if unit is not None:
         query = replace(query, unit=journal.find_unit(found, unit))
     with options.until_interrupted() if follow else contextlib.nullcontext():
-        journal.show(found, query, _put, options.say_lost())
+        journal.show(found, query, _put, options.say_lost)
 
 
 def _lines(text: str) -> int | None:

@@ -106,7 +106,7 @@ def _follow(
         sys.stdout.flush()
 
     with options.until_interrupted():
-        feed.follow(lambda: _api(name, workspace), query, limit, put, options.say_lost())
+        feed.follow(lambda: _api(name, workspace), query, limit, put, options.say_lost)
 
 
 @event_app.command("show")

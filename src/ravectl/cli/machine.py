@@ -135,7 +135,7 @@ def status(
     ] = False,
     interval: Annotated[
         float, typer.Option("--interval", help="Seconds between refreshes of --watch.")
-    ] = 2.0,
+    ] = 5.0,
     workspace: options.Folder = None,
 ) -> None:
     """Show the instances of this workspace and what is true of them now.

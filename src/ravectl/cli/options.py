@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -112,20 +112,13 @@ def until_interrupted() -> Iterator[None]:
         raise typer.Exit(0) from None
 
 
-def say_lost() -> Callable[[reconnect.Lost], None]:
-    """Tells of a lost connection: once for each reason, not at each attempt."""
+def say_lost(why: reconnect.Lost) -> None:
+    """Tell of a lost connection: once, not at each attempt."""
     from ravectl import console
     from ravectl.verify.framework import clean
 
-    said = ""
-
-    def lost(why: reconnect.Lost) -> None:
-        nonlocal said
-        if why.reason != said:
-            said = why.reason
-            console.note(f"no connection ({clean(said)}); trying again")
-
-    return lost
+    if why.attempts == 0:
+        console.note(f"no connection ({clean(why.reason)}); trying until it is back")
 
 
 def print_json(value: Any) -> None:

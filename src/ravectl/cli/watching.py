@@ -43,7 +43,7 @@ def _lines(found: Instance, interval: float, put: Callable[[watch.Look], None]) 
         put(seen)
         sys.stdout.flush()
 
-    watch.watch(found, interval, show, options.say_lost())
+    watch.watch(found, interval, show, options.say_lost)
 
 
 def _live(found: Instance, interval: float) -> NoReturn:
