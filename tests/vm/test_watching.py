@@ -38,14 +38,15 @@ def answers(machine: Tool) -> bool:
 
 def test_logs_and_status_go_on_across_a_restart(machine: Tool) -> None:
     write = "for i in $(seq {} {}); do logger -t tick number $i; done; {}"
-    logs = machine.start("logs", "--lines", "0", "--follow", "--grep", "number")
+    machine("exec", "--", "logger", "-t", "tick", "number", "0")
+    logs = machine.start("logs", "--lines", "1", "--follow", "--grep", "number")
     status = machine.start("status", "--watch", "--interval", "1", "--json")
+    assert logs.stdout is not None
     assert status.stdout is not None
+    assert "number 0" in logs.stdout.readline()
     first = json.loads(status.stdout.readline())
-    # both are connected now, or will be; what they miss they catch up on
-    machine(
-        "exec", "--", "sudo", "sh", "-c", write.format(1, 20, "sync; systemctl reboot"), code=None
-    )
+    ticks = write.format(1, 20, "sync; systemctl reboot")
+    machine("exec", "--", "sudo", "sh", "-c", ticks, code=None)
     wait_for(lambda: not answers(machine), 30)
     wait_for(lambda: answers(machine), 90)
     machine("exec", "--", "sh", "-c", write.format(21, 40, ""))
