@@ -249,7 +249,9 @@ def _check_nixos(request: Request, workspace: Workspace) -> str:
 def _build_apart(request: Request, folder: Path) -> tuple[debian.Base, Image]:
     folder.mkdir()
     with console.step(folder.name):
-        base = debian.make_base(folder, request.plan.accounts)
+        base = debian.make_base(
+            folder, request.plan.accounts, forwarding=request.plan.logs.forward is not None
+        )
         tree = images.render_debian(request.plan)
         inputs = images.Inputs(request.plan, tree, base, request.format, request.compress)
         images.make_image(inputs, folder / "image")
@@ -325,7 +327,11 @@ def _unused_images(store: Path) -> list[Path]:
 
 
 def _unused_bases(folder: Path, everything: bool) -> list[Path]:
-    keep = set() if everything else {f"base-{debian.base_key(ACCOUNTS)}"}
+    keep = (
+        set()
+        if everything
+        else {f"base-{debian.base_key(ACCOUNTS, forwarding=f)}" for f in (False, True)}
+    )
     return [p for p in sorted(folder.glob("base-*")) if p.name not in keep]
 
 

@@ -25,6 +25,10 @@ PREFIX = "/api/v1"
 PAGE = 100
 
 
+class UnreachableError(RavectlError):
+    """The dispatcher does not answer now, and may do so later."""
+
+
 class Api:
     """A connection to the API; use as a context manager. Raises RavectlError for all that fails."""
 
@@ -54,11 +58,13 @@ class Api:
         size = answer.headers.get("x-log-size", "0")
         return answer.body, int(size) if size.isdigit() else 0
 
-    def items(self, path: str, query: Mapping[str, str | None], most: int) -> Iterator[Any]:
+    def items(
+        self, path: str, query: Mapping[str, str | None], most: int, page_size: int = PAGE
+    ) -> Iterator[Any]:
         """The first rows of a list, over as many pages as that takes."""
         cursor = None
         while most > 0:
-            limit = str(min(most, PAGE))
+            limit = str(min(most, page_size))
             page = self.get(path, {**query, "cursor": cursor, "limit": limit})
             try:
                 rows, cursor = page["items"], page["next_cursor"]
@@ -80,7 +86,7 @@ class Api:
                     headers["Content-Type"] = "application/json"
                 answer = self._client.post(PREFIX + path, body, headers)
         except OSError as e:
-            raise RavectlError(
+            raise UnreachableError(
                 f"the machine's dispatcher does not answer: {web.explain(e)}",
                 "see what it is at: ravectl status, ravectl logs dispatcher",
             ) from None
@@ -96,6 +102,15 @@ _REMEDIES = {
     409: "look at its state: ravectl task show",
     507: "make room on the machine's disk: ravectl ssh -- df -h",
 }
+
+
+# by the ingress while the dispatcher starts, by the dispatcher when too much is asked or the
+# token was rotated: whoever connects anew reads today's
+_LATER = (
+    HTTPStatus.UNAUTHORIZED, HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.BAD_GATEWAY,
+    HTTPStatus.SERVICE_UNAVAILABLE,
+    HTTPStatus.GATEWAY_TIMEOUT,
+)  # fmt: skip
 
 
 def refusal(answer: web.Answer) -> RavectlError:
@@ -114,7 +129,9 @@ def refusal(answer: web.Answer) -> RavectlError:
             )
         title, detail, more, trace = f"status {answer.status}", "no reason was given", [], ""
     message = f"the dispatcher refused: {title.lower()}: {'; '.join(more) or detail}"
-    kind = UsageError if answer.status in (404, 422) else RavectlError
+    kind: type[RavectlError] = UsageError if answer.status in (404, 422) else RavectlError
+    if answer.status in _LATER:
+        kind = UnreachableError
     return kind(message, _REMEDIES.get(answer.status, _LOGS), details=trace.strip())
 
 
@@ -138,7 +155,7 @@ def _document(answer: web.Answer) -> Any:
 def of_instance(found: Instance, identity: sops.Identity) -> Api:
     """The API of a running machine, with the token from the workspace's secrets."""
     if found.state() is not InstanceState.RUNNING:
-        raise RavectlError(f"instance {found.name!r} does not run", "start it: ravectl up")
+        raise UnreachableError(f"instance {found.name!r} does not run", "start it: ravectl up")
     shared = vault.read(found.places.shared, identity)
     token = shared.values.get(TOKEN)
     if token is None:

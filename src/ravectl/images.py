@@ -140,7 +140,10 @@ def resolve_debian(
     `fresh` and `accept` are those of debian.ensure_base.
     """
     tree = render_debian(plan)
-    base = debian.ensure_base(files.cache_dir(), plan.accounts, fresh=fresh, accept=accept)
+    base = debian.ensure_base(
+        files.cache_dir(), plan.accounts, forwarding=plan.logs.forward is not None,
+        fresh=fresh, accept=accept,
+    )  # fmt: skip
     return Inputs(plan, tree, base, fmt, compress)
 
 

@@ -38,6 +38,7 @@ from ravectl.instance import (
     wait_gone,
 )
 from ravectl.model import (
+    HOST_ADDRESS,
     INGRESS_PORT,
     SSH_ANNOUNCEMENT,
     SSH_PORT,
@@ -275,6 +276,15 @@ def _handed_over(
         yield {name: folder / name for name in handed}
 
 
+def _receiver(plan: Plan) -> qemu.Receiver | None:
+    """Where the journal goes, as this host reaches it."""
+    target = plan.logs.forward
+    if target is None:
+        return None
+    here = target.host == HOST_ADDRESS
+    return qemu.Receiver(qemu.LOOPBACK if here else target.host, target.port)
+
+
 @contextlib.contextmanager
 def _launch(
     instance: Instance,
@@ -307,6 +317,7 @@ def _launch(
             console_log=instance.console_log,
             credentials=given,
             egress=image.plan.network.egress,
+            receiver=_receiver(image.plan),
             monitor_fd=monitor.fileno(),
         )
         process = command.spawn(

@@ -26,6 +26,10 @@ SSH_PORT = 22
 AGENT_MB_LEAST = 64  # a profile whose services leave less gets tasks that run out of memory
 INGRESS_PORT = 3002
 SSH_ANNOUNCEMENT = "rave: ssh listens"  # what the guest says on its console, for `up`
+LOG_BURST_SECONDS = 30  # what journald itself has: RateLimitIntervalSec= in journald.conf(5)
+HOST_ADDRESS = "10.0.2.2"  # this host, as a machine on QEMU's user network sees it
+# where a closed machine finds its log receiver: in that network, and nobody else's
+RELAY_ADDRESS = "10.0.2.100"
 RESERVED_MB = 384  # kernel, systemd, journal and sessions: what the services' limits leave free
 
 # in the order in which a person reads them; a profile gives each its limits, plan.SERVICES the rest
@@ -270,6 +274,40 @@ class Retention:
 
 
 @dataclass(frozen=True)
+class LogForward:
+    """Where the journal is sent: a systemd-journal-remote or what speaks its protocol."""
+
+    url: str  # as the profile has it: scheme, host and port
+    ca: str | None  # PEM; None: the authorities that the machine's distribution trusts
+
+    @property
+    def host(self) -> str:
+        """The receiver's host name or address."""
+        return self.url.partition("://")[2].rpartition(":")[0]
+
+    @property
+    def port(self) -> int:
+        """The receiver's TCP port."""
+        return int(self.url.rpartition(":")[2])
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether it is sent by TLS."""
+        return self.url.startswith("https:")
+
+
+@dataclass(frozen=True)
+class Logs:
+    """What journald keeps, for how long, and how much it takes from one service."""
+
+    keep_days: int
+    size_mb: int
+    keep_free_mb: int
+    burst: int  # messages of one service within LOG_BURST_SECONDS
+    forward: LogForward | None
+
+
+@dataclass(frozen=True)
 class RouterProvider:
     """An endpoint that Claude Code Router may send prompts to."""
 
@@ -347,6 +385,7 @@ class Plan:
     scrape_seconds: int
     secrets: tuple[Secret, ...]
     retention: Retention
+    logs: Logs
     network: Network
     router_providers: tuple[RouterProvider, ...]
     agent_concurrency: int
@@ -354,6 +393,27 @@ class Plan:
     webhook_rules: tuple[WebhookRule, ...]
     otlp_endpoint: str | None  # where spans go beside the dispatcher's store
     service_memory_mb: int  # what the limits of all services may sum to
+
+    @property
+    def forward_relayed(self) -> bool:
+        """Whether QEMU relays the journal, since the machine itself reaches nothing."""
+        return self.logs.forward is not None and not self.network.egress
+
+    @property
+    def forward_url(self) -> str | None:
+        """Where the machine sends its journal, as it sees it; None: nowhere."""
+        target = self.logs.forward
+        if target is None or not self.forward_relayed or target.host != HOST_ADDRESS:
+            return None if target is None else target.url
+        return f"http://{RELAY_ADDRESS}:{target.port}"
+
+    @property
+    def forward_alias(self) -> str | None:
+        """The receiver's name that leads to the relay: TLS needs the name that was certified."""
+        target = self.logs.forward
+        if target is None or not self.forward_relayed or target.host == HOST_ADDRESS:
+            return None
+        return target.host
 
     def service(self, name: str) -> Service:
         """The service called `name`; KeyError when the Plan has none."""

@@ -20,6 +20,7 @@ from ravectl.model import (
     EngineName,
     Health,
     Limits,
+    Logs,
     Machine,
     Network,
     Plan,
@@ -62,6 +63,7 @@ def make_plan(
     profile: str,
     machine: Machine,
     retention: Retention,
+    logs: Logs,
     egress: bool,
     ssh_host_port: int | None,
     https_host_port: int | None,
@@ -86,6 +88,7 @@ def make_plan(
         scrape_seconds=scrape_seconds,
         secrets=SECRETS,
         retention=retention,
+        logs=logs,
         network=Network(
             egress=egress,
             open_ports=(SSH_PORT, INGRESS_PORT),

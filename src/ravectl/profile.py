@@ -41,6 +41,7 @@ REFERENCE = "docs/profiles.md"
 MAX_BYTES = 64 * 2**10  # the shipped profiles have 2 KB; the parser takes a second for 64
 MAX_DEPTH = 12
 MAX_SHOWN = 40
+MAX_PORT = 65535
 
 Keys = tuple[str | int, ...]  # of keys and indexes, from the top of the document
 
@@ -216,6 +217,41 @@ PublicKey = Annotated[
 ]
 
 
+def _port_exists(url: str) -> str:
+    if not 1 <= (port := int(url.rpartition(":")[2])) <= MAX_PORT:
+        raise _wrong(f"{port} is no port", f"write a port from 1 to {MAX_PORT}")
+    return url
+
+
+LogUrl = Annotated[
+    str,
+    _word(
+        r"(https://[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|http://10\.0\.2\.2):[0-9]{1,5}",
+        "the address of a journal receiver (https, or http to this host; with a port, no path)",
+        "'https://logs.example.org:19532'",
+    ),
+    AfterValidator(_port_exists),
+]
+
+
+def _certificates(value: str) -> str:
+    """The certificates of a PEM text and nothing else that may stand in it, such as a key."""
+    from cryptography import x509  # noqa: PLC0415 - 60 ms that most profiles need not pay
+    from cryptography.hazmat.primitives.serialization import Encoding  # noqa: PLC0415
+
+    remedy = "write the authority's certificate, as openssl x509 prints it, after `ca: |`"
+    if "PRIVATE KEY" in value:
+        raise _wrong("there is a private key in it", remedy)
+    try:
+        found = x509.load_pem_x509_certificates(value.encode())
+    except ValueError:
+        raise _wrong("it is not a certificate in PEM form", remedy) from None
+    return "".join(c.public_bytes(Encoding.PEM).decode() for c in found)
+
+
+Certificate = Annotated[str, AfterValidator(_certificates)]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -290,6 +326,23 @@ class RetentionSection(_Section):
     events: Days
     backups: Days
     backup_every: Annotated[int, _quantity(TIME, "min", 1, 1440)]
+
+
+class ForwardSection(_Section):
+    """Where the journal is sent as well."""
+
+    url: LogUrl
+    ca: Certificate | None = None
+
+
+class LogsSection(_Section):
+    """What the machine's journal keeps, and where it is sent."""
+
+    keep: Days
+    size: Annotated[int, _quantity(SIZE, "MB", 32, 2**20)]
+    keep_free: Annotated[int, _quantity(SIZE, "MB", 64, 2**20)]
+    burst: Annotated[int, WHOLE, _within(100, 1_000_000)]
+    forward: ForwardSection | None = None
 
 
 class ProviderSection(_Section):
@@ -403,6 +456,7 @@ class PlanArguments(TypedDict):
     profile: str
     machine: model.Machine
     retention: model.Retention
+    logs: model.Logs
     egress: bool
     ssh_host_port: int | None
     https_host_port: int | None
@@ -425,6 +479,7 @@ class Profile(_Section):
     network: NetworkSection
     scrape_seconds: Annotated[int, _quantity(TIME, "s", 1, 60)] = Field(alias="scrape_every")
     retention: RetentionSection
+    logs: LogsSection
     router: RouterSection
     webhooks: WebhooksSection = WebhooksSection()
     tracing: TracingSection = TracingSection()
@@ -470,6 +525,40 @@ class Profile(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _journal_fits(self) -> Profile:
+        # that of metrics may have the half of it, and the system needs the rest
+        quarter = self.machine.disk_gb * 1024 // 4
+        for key, size in (("size", self.logs.size), ("keep_free", self.logs.keep_free)):
+            if size > quarter:
+                raise _wrong(
+                    f"{size} MB are more than a quarter of machine.disk, {quarter} MB",
+                    f"write at most '{quarter} MB', or a larger machine.disk",
+                    ("logs", key),
+                    ("machine", "disk"),
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _receiver_has_a_name(self) -> Profile:
+        target = _forward(self.logs.forward)
+        if target and target.host.lower() == "localhost":
+            raise _wrong(
+                "localhost is the machine itself",
+                "write the receiver's own name, or for this host 'http://10.0.2.2:PORT'",
+                ("logs", "forward", "url"),
+            )
+        numeric = target and re.fullmatch(r"[0-9.]+", target.host)
+        if target and numeric and target.encrypted and not self.network.egress:
+            raise _wrong(
+                f"{target.host} is an address, and a machine without a way out reaches its "
+                "receiver by name only",
+                "write the host name that stands in its certificate, or network.egress: true",
+                ("logs", "forward", "url"),
+                ("network", "egress"),
+            )
+        return self
+
     def plan_arguments(self) -> PlanArguments:
         """What plan.make_plan takes: `make_plan(**profile.plan_arguments())`."""
         kept = self.retention
@@ -487,6 +576,13 @@ class Profile(_Section):
                 events_days=kept.events,
                 backups_days=kept.backups,
                 backup_every_minutes=kept.backup_every,
+            ),
+            logs=model.Logs(
+                keep_days=self.logs.keep,
+                size_mb=self.logs.size,
+                keep_free_mb=self.logs.keep_free,
+                burst=self.logs.burst,
+                forward=_forward(self.logs.forward),
             ),
             egress=self.network.egress,
             ssh_host_port=self.network.ssh_port,
@@ -569,6 +665,10 @@ def _rule(said: RuleSection) -> model.WebhookRule:
         max_attempts=said.max_attempts,
         command=said.command,
     )
+
+
+def _forward(section: ForwardSection | None) -> model.LogForward | None:
+    return None if section is None else model.LogForward(url=section.url, ca=section.ca)
 
 
 # --- choosing one ----------------------------------------------------------------------------

@@ -8,11 +8,13 @@ whatever else the host does. microvm starts a second sooner and has neither; on 
 from __future__ import annotations
 
 import re
+import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ravectl.model import INGRESS_PORT, SSH_PORT, Accelerator
+from ravectl.model import INGRESS_PORT, RELAY_ADDRESS, SSH_PORT, Accelerator
 
 PROGRAM = "qemu-system-x86_64"
 LOOPBACK = "127.0.0.1"
@@ -20,6 +22,14 @@ NETDEV = "uplink"
 OVERHEAD_MB = 300  # QEMU beside the guest's memory: measured 150-250 with TCG's code cache
 CREDENTIAL_PREFIX = "opt/io.systemd.credentials/"
 MAX_FW_CFG_NAME = 55  # FW_CFG_MAX_FILE_PATH less its end
+
+
+@dataclass(frozen=True)
+class Receiver:
+    """A TCP port outside that a closed machine reaches at RELAY_ADDRESS, under the same number."""
+
+    host: str
+    port: int
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,7 @@ class Launch:
     console_log: Path
     credentials: Mapping[str, Path]  # secret name -> file, mode 0600
     egress: bool
+    receiver: Receiver | None  # the one thing that a machine without a way out reaches
     monitor_fd: int  # a listening unix socket
 
 
@@ -63,17 +74,40 @@ def arguments(launch: Launch) -> list[str]:
         f"driver=file,node-name=file0,filename={_quoted(launch.overlay)},discard=unmap",
         "-blockdev", "driver=qcow2,node-name=disk0,file=file0,discard=unmap",
         "-device", "virtio-blk-pci,drive=disk0",
-        "-netdev", f"user,id={NETDEV},restrict={'off' if launch.egress else 'on'}",
+        "-netdev", _uplink(launch),
         "-device", f"virtio-net-pci,netdev={NETDEV}",
         "-device", "virtio-rng-pci",
         "-chardev", f"file,id=console,path={_quoted(launch.console_log)},append=on",
         "-serial", "chardev:console",
         "-chardev", f"socket,id=monitor,fd={launch.monitor_fd},server=on,wait=off",
         "-mon", "chardev=monitor,mode=control",
-        "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        "-sandbox", _sandbox(launch),
         *_credentials(launch.credentials),
         "-S",
     ]  # fmt: skip
+
+
+def _uplink(launch: Launch) -> str:
+    words = f"user,id={NETDEV},restrict={'off' if launch.egress else 'on'}"
+    if launch.egress or launch.receiver is None:
+        return words
+    to = launch.receiver
+    relay = shlex.join([sys.executable, "-I", "-S", relay_file(), to.host, str(to.port)])
+    return f"{words},guestfwd=tcp:{RELAY_ADDRESS}:{to.port}-cmd:{relay.replace(',', ',,')}"
+
+
+def _sandbox(launch: Launch) -> str:
+    # QEMU's guestfwd opens a connection in one way only: it starts a program, in a session of
+    # its own (setsid is among what elevateprivileges denies). No program gets more rights than
+    # QEMU has: seccomp comes with no_new_privs.
+    relays = launch.receiver is not None and not launch.egress
+    word = "allow" if relays else "deny"
+    return f"on,obsolete=deny,elevateprivileges={word},spawn={word},resourcecontrol=deny"
+
+
+def relay_file() -> str:
+    """The program that QEMU starts for a connection to the receiver."""
+    return str(Path(__file__).with_name("relay.py"))
 
 
 def _accelerator(accelerator: Accelerator) -> list[str]:

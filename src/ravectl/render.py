@@ -17,7 +17,15 @@ import jinja2
 import yaml
 
 from ravectl.errors import RavectlError
-from ravectl.model import SSH_ANNOUNCEMENT, VERIFY_RULE, Plan, RenderedFile, RenderedTree
+from ravectl.model import (
+    LOG_BURST_SECONDS,
+    RELAY_ADDRESS,
+    SSH_ANNOUNCEMENT,
+    VERIFY_RULE,
+    Plan,
+    RenderedFile,
+    RenderedTree,
+)
 
 
 def render(
@@ -43,11 +51,24 @@ def render(
     environment.filters["from_json"] = json.loads
     names = {
         "plan": plan, "distribution": folder.name, "ssh_announcement": SSH_ANNOUNCEMENT,
-        "verify_rule": VERIFY_RULE, **extra,
+        "log_burst_seconds": LOG_BURST_SECONDS, "relay_address": RELAY_ADDRESS,
+        "verify_rule": VERIFY_RULE,
+        **extra,
     }  # fmt: skip
     entries: dict[str, Any] = yaml.safe_load((folder / manifest).read_text())
-    files = [_file(environment, path, entry or {}, names) for path, entry in entries.items()]
+    files = [
+        _file(environment, path, entry or {}, names)
+        for path, entry in entries.items()
+        if _wanted(environment, entry or {}, names)
+    ]
     return RenderedTree(tuple(sorted(files, key=lambda f: f.path)))
+
+
+def _wanted(
+    environment: jinja2.Environment, entry: dict[str, Any], names: dict[str, object]
+) -> bool:
+    """Whether a machine of this Plan has the file: `when` is an expression of Jinja."""
+    return "when" not in entry or bool(environment.compile_expression(entry["when"])(**names))
 
 
 def _file(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import shlex
 import socket
 import threading
@@ -29,6 +30,7 @@ logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)
 HOST = "127.0.0.1"
 # What sshd's MaxSessions allows on one connection by default (sshd_config(5)), less a margin.
 MAX_CHANNELS = 8
+MAX_ERROR = 2**14  # bytes that are kept of what a streamed command says to stderr
 POLL_SECONDS = 0.1
 UNANNOUNCED_SECONDS = 8.0  # between blind attempts, for machines that announce nothing
 ANNOUNCED_PATIENCE = 30.0  # a handshake takes 1.2 s under TCG, more on a loaded host
@@ -51,6 +53,14 @@ class RemoteResult:
     stdout: str
     stderr: str
     seconds: float
+
+
+@dataclass(frozen=True)
+class RemoteEnd:
+    """How a streamed command ended. A returncode of -1: its connection did."""
+
+    returncode: int
+    stderr: str
 
 
 @dataclass(frozen=True)
@@ -147,25 +157,55 @@ class Connection:
             )
         return result
 
-    def stream(self, command: str, on_line: Callable[[str], bool], *, deadline: float) -> None:
+    def stream(
+        self,
+        command: str,
+        on_line: Callable[[str], bool],
+        *,
+        deadline: float = math.inf,
+        stdin: bytes = b"",
+        silence: float = math.inf,
+    ) -> RemoteEnd | None:
         """Run a command and hand each line of its output to `on_line` until that returns False.
 
-        `deadline` is a time.monotonic() value; DeadlineError when it passes.
+        `deadline` is a time.monotonic() value; DeadlineError when it passes. The command's
+        standard input stays open after `stdin`, so it sees its end when nobody listens any
+        more. When nothing comes for `silence` seconds, or the connection breaks, that is a
+        ConnectionError. Returns how the command ended, None when it was left.
         """
         rest = bytearray()
         wanted = True
+        heard = time.monotonic()
 
         def take(data: bytes) -> None:
-            nonlocal wanted
+            nonlocal wanted, heard
+            heard = time.monotonic()
             rest.extend(data)
             while wanted and (end := rest.find(b"\n")) >= 0:
                 line = rest[:end].decode(errors="replace")
                 del rest[: end + 1]
                 wanted = on_line(line)
 
-        with self._slots, self._channel(max(deadline - time.monotonic(), 0.1)) as channel:
+        def goes_on() -> bool:
+            if time.monotonic() - heard > silence:
+                raise ConnectionError(f"the machine said nothing for {silence:.0f} s")
+            return wanted
+
+        error = bytearray()
+
+        def keep(data: bytes) -> None:
+            error.extend(data)
+            del error[:-MAX_ERROR]
+
+        patience = min(max(deadline - time.monotonic(), 0.1), ANNOUNCED_PATIENCE)
+        with self._slots, self._channel(patience) as channel:
             channel.exec_command(command)
-            _pump(channel, take, lambda _: None, deadline, command, lambda: wanted)
+            if stdin:
+                channel.sendall(stdin)
+            _pump(channel, take, keep, deadline, command, goes_on)
+            if not wanted:
+                return None
+            return RemoteEnd(channel.recv_exit_status(), error.decode(errors="replace"))
 
     @contextlib.contextmanager
     def _channel(self, timeout: float) -> Iterator[paramiko.Channel]:

@@ -9,11 +9,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from ravectl import credentials
+from ravectl import credentials, feed, reconnect
 from ravectl import dispatcher as client
 from ravectl.cli import app, dispatch
 from ravectl.errors import RavectlError, UsageError
@@ -166,3 +167,48 @@ def test_words_that_do_not_exist(run: CliRunner) -> None:
     for words in (["task", "submit", "x", "-a", "nobody"], ["task", "list", "--status", "x"]):
         done = run.invoke(app, words)
         assert isinstance(done.exception, UsageError)
+
+
+def test_events_are_followed_over_a_lost_connection(ingress: Ingress) -> None:
+    def hook(number: int) -> str:
+        body = json.dumps({"follow": number}).encode()
+        return str(ingress.dispatcher.hook(body).json()["event_uuid"])
+
+    made = [hook(n) for n in range(3)]
+    shown: list[str] = []
+    told: list[reconnect.Lost] = []
+    connections = 0
+
+    class Done(Exception):
+        """What a person does by Ctrl-C."""
+
+    def connect() -> client.Api:
+        nonlocal connections
+        connections += 1
+        if connections == 2:
+            raise client.UnreachableError("it restarts")
+        return ingress.api("wrong" if connections == 3 else dispatcher.TOKEN)
+
+    def put(row: dict[str, Any]) -> None:
+        shown.append(row["event_uuid"])
+        assert row["trace_id"]
+        if len(shown) == 2:
+            made.append(hook(3))
+        if len(shown) == 3:
+            # more than a page while nobody looks, and the connection is gone
+            made.extend(hook(n) for n in range(4, 4 + feed.PAGE + 5))
+            raise client.UnreachableError("it broke")
+        if len(shown) == len(made) - 1:
+            raise Done
+
+    with pytest.raises(Done):
+        feed.follow(connect, {"source": "github"}, 2, put, told.append)
+    assert shown == made[1:]
+    assert [w.attempts for w in told] == [0, 1, 2]
+
+
+def test_events_by_the_name_that_one_expects(run: CliRunner, ingress: Ingress) -> None:
+    ingress.dispatcher.hook(b'{"by": "habit"}')
+    by_habit = run.invoke(app, ["events", "--limit", "1", "--json"])
+    assert by_habit.exit_code == 0, by_habit.output
+    assert by_habit.stdout == run.invoke(app, ["event", "list", "--limit", "1", "--json"]).stdout

@@ -27,7 +27,7 @@ TABLE = json.loads((nixos.STANDINS / "options.json").read_text())
 OPTIONS: dict[str, str] = {name: row["type"] for name, row in TABLE.items()}
 CONCERNS = (
     "base", "network", "ssh", "ingress", "kanban", "ccr", "dispatcher", "postgresql",
-    "monitoring", "hardening", "secrets", "backup",
+    "monitoring", "hardening", "secrets", "backup", "logs",
 )  # fmt: skip
 
 
@@ -83,7 +83,8 @@ def test_a_machine_has_every_concern(machine: str) -> None:
 def test_every_module_evaluates_alone(machine: str, concern: str) -> None:
     alone = nixos.evaluate(nixos.flake() / "modules" / machine / f"{concern}.nix")
     empty = {"sops": {}, "system": {}}
-    assert (alone == empty) == (concern == "backup"), "a module without a word sets nothing"
+    # no shipped profile names a receiver of logs
+    assert (alone == empty) == (concern in ("backup", "logs")), "it sets nothing"
 
 
 # --- options ------------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ravectl import files, profile, sops, vault
-from ravectl.model import SERVICE_NAMES, EngineName, Plan, RenderedTree
+from ravectl import credentials, files, profile, sops, vault
+from ravectl.model import SERVICE_NAMES, EngineName, Plan, RenderedTree, SecretKind
 from ravectl.plan import make_plan
 from ravectl.render import render, write_tree
 
@@ -76,6 +76,17 @@ LIMITS = st.fixed_dictionaries(
         "tasks": st.integers(8, 32768),
     }
 )
+CA = credentials.ca_certificate(credentials.new_value(SecretKind.CA_KEY))
+FORWARDS = st.none() | st.fixed_dictionaries(
+    {
+        "url": st.builds(
+            "{}:{}".format,
+            st.sampled_from(["https://logs.example.org", "https://l", "http://10.0.2.2"]),
+            st.integers(1, 65535),
+        ),
+        "ca": st.none() | st.just(CA),
+    }
+)
 SHIPPED_NAMES = profile.shipped()
 
 
@@ -110,6 +121,13 @@ def profiles(draw: st.DrawFn) -> dict[str, Any]:
             "events": draw(amount(1, 3650, "days")),
             "backups": draw(st.integers(1, 3650).map(lambda days: f"{24 * days} h")),
             "backup_every": draw(amount(1, 1440, "min")),
+        },
+        "logs": {
+            "keep": draw(amount(1, 3650, "days")),
+            "size": draw(amount(32, min(2**20, disk * 256), "MB")),
+            "keep_free": draw(amount(64, min(2**20, disk * 256), "MB")),
+            "burst": draw(st.integers(100, 1_000_000)),
+            "forward": draw(FORWARDS),
         },
         "router": {
             "providers": draw(

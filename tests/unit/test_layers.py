@@ -27,11 +27,13 @@ ROWS = [
         "workspace",
         "health",
         "imagelock",
+        "relay",
     },
     {"vault"},
     {"images", "instance", "verify", "doctor"},
     {"lifecycle", "building", "delivery", "dispatcher"},
-    {"rotate", "audit"},
+    {"reconnect"},
+    {"rotate", "audit", "watch", "logs", "feed"},
     {"cli", "__main__"},
 ]
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}

@@ -11,9 +11,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ravectl import files, profile
+from ravectl import credentials, files, profile
 from ravectl.errors import EXIT_USAGE, ProfileError, UsageError
-from ravectl.model import RESERVED_MB, SERVICE_NAMES
+from ravectl.model import RESERVED_MB, SERVICE_NAMES, SecretKind
 from ravectl.profile import Profile
 
 ALWAYS = settings(deadline=None, max_examples=150)
@@ -509,6 +509,72 @@ def get(section: Any, at: tuple[str, ...]) -> Any:
     for key in at:
         section = section[key]
     return section
+
+
+# --- logs ---------------------------------------------------------------------------------------
+
+
+def pem() -> str:
+    return credentials.ca_certificate(credentials.new_value(SecretKind.CA_KEY))
+
+
+def forwarding(url: str, ca: str | None = None, *, egress: bool = False) -> str:
+    written = {"extends": "safe", "network": {"egress": egress}}
+    return yaml.safe_dump({**written, "logs": {"forward": {"url": url, "ca": ca}}})
+
+
+def test_the_journal_has_limits_that_fit_the_disk() -> None:
+    for name in profile.shipped():
+        p = profile.load(name, None)
+        assert 4 * p.logs.size <= p.machine.disk_gb * 1024
+        assert p.logs.forward is None
+        assert p.plan_arguments()["logs"].keep_days == p.logs.keep
+
+
+@pytest.mark.parametrize("key", ["size", "keep_free"])
+def test_a_journal_larger_than_a_quarter_of_the_disk(tmp_path: Path, key: str) -> None:
+    text = "extends: safe\nmachine: {disk: 4 GB}\nlogs: {%s: %d MB}"
+    assert outcome(workspace(tmp_path, text % (key, 1024)))
+    e = error(tmp_path, text % (key, 1025))
+    assert "rave.yaml:3" in e.message
+    assert "a quarter of machine.disk, 1024 MB" in e.message
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://logs.example.org:19532", "https://logs.example.org", "https://u:p@logs.example:1",
+        "https://logs.example.org:19532/upload", "https://logs.example.org:0",
+        "https://logs.example.org:65536", "https://-logs:1", "https://a b:1", "http://localhost:1",
+    ],
+)  # fmt: skip
+def test_the_journal_does_not_travel_in_clear_or_to_nowhere(tmp_path: Path, url: str) -> None:
+    assert "logs.forward.url" in error(tmp_path, forwarding(url)).message
+
+
+def test_a_receiver_is_taken_apart(tmp_path: Path) -> None:
+    p = profile.select(None, {}, workspace(tmp_path, forwarding("https://logs.example.org:443")))
+    target = p.plan_arguments()["logs"].forward
+    assert target is not None
+    assert (target.host, target.port, target.encrypted) == ("logs.example.org", 443, True)
+
+
+def test_a_closed_machine_reaches_its_receiver_by_name(tmp_path: Path) -> None:
+    assert "by name only" in error(tmp_path, forwarding("https://192.0.2.7:443")).message
+    assert outcome(workspace(tmp_path, forwarding("https://192.0.2.7:443", egress=True)))
+    assert outcome(workspace(tmp_path, forwarding("http://10.0.2.2:19532")))
+
+
+def test_of_an_authority_only_its_certificate_is_taken(tmp_path: Path) -> None:
+    url = "https://logs.example.org:19532"
+    p = profile.select(None, {}, workspace(tmp_path, forwarding(url, f"a comment\n{pem()}")))
+    assert p.logs.forward is not None
+    assert (p.logs.forward.ca or "").startswith("-----BEGIN CERTIFICATE-----")
+    key = credentials.new_value(SecretKind.CA_KEY)
+    e = error(tmp_path, forwarding(url, pem() + key))
+    assert "private key" in e.message
+    assert key.splitlines()[1] not in e.message + e.hint + e.details
+    assert "not a certificate" in error(tmp_path, forwarding(url, "none")).message
 
 
 # --- the reference ------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ def launch(**changes: object) -> qemu.Launch:
         "cpus": 2, "kernel": Path("/i/vmlinuz"), "initrd": Path("/i/initrd"), "cmdline": "quiet",
         "overlay": Path("/w/disk.qcow2"), "console_log": Path("/w/console.log"),
         "credentials": {n: Path("/w") / n for n in HANDED_OVER}, "egress": False,
-        "monitor_fd": 7, **changes,
+        "receiver": None, "monitor_fd": 7, **changes,
     }  # fmt: skip
     return qemu.Launch(**values)  # type: ignore[arg-type]
 
@@ -89,3 +89,22 @@ def test_who_demands_a_port_gets_it_or_nothing() -> None:
     assert https.candidates() == (3999, 0), "that of last time, else any"
     ssh, https = qemu.wishes({}, {})
     assert (ssh.candidates(), https.candidates()) == ((2222, 0), (3002, 0))
+
+
+def test_a_closed_machine_reaches_its_receiver_and_nothing_else() -> None:
+    receiver = qemu.Receiver("logs.example.org", 19532)
+    words = qemu.arguments(launch(receiver=receiver))
+    netdev = value_of(words, "-netdev")
+    assert ",restrict=on," in netdev
+    assert netdev.count("guestfwd=") == 1
+    assert ",guestfwd=tcp:10.0.2.100:19532-cmd:" in netdev
+    assert netdev.endswith("relay.py logs.example.org 19532")
+    assert "spawn=allow" in value_of(words, "-sandbox")
+
+
+def test_only_a_relay_lets_qemu_start_programs() -> None:
+    receiver = qemu.Receiver("logs.example.org", 19532)
+    for values in ({}, {"egress": True, "receiver": receiver}):
+        words = qemu.arguments(launch(**values))
+        assert "spawn=deny" in value_of(words, "-sandbox")
+        assert "guestfwd" not in value_of(words, "-netdev")

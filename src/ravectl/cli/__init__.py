@@ -50,6 +50,7 @@ app.command()(check.verify)
 app.command("rotate-secrets")(secret.rotate_secrets)
 app.add_typer(secret.app, name="secrets")
 app.add_typer(dispatch.event_app, name="event")
+app.command("events", hidden=True)(dispatch.list_events)  # by habit: ravectl events --follow
 app.add_typer(dispatch.task_app, name="task")
 app.command()(check.doctor)
 

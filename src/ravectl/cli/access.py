@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated
 
@@ -118,38 +120,69 @@ def logs(
     unit: Annotated[
         str | None, typer.Argument(help="A service of the Plan, or a unit; all if left out.")
     ] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as lines come.")] = False,
-    lines: Annotated[int, typer.Option("--lines", help="How many of the last lines.")] = 100,
-    name: options.Name = options.DEFAULT_NAME,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on as lines come, until Ctrl-C.")
+    ] = False,
+    lines: Annotated[
+        str, typer.Option("--lines", "-n", help="How many of the last lines, or all.")
+    ] = "100",
+    since: Annotated[
+        str | None,
+        typer.Option("--since", "-S", help="From then on: -1h, today, a time (UTC)."),
+    ] = None,
+    until: Annotated[str | None, typer.Option("--until", "-U", help="Up to then.")] = None,
+    priority: Annotated[
+        str | None, typer.Option("--priority", "-p", help="This and worse: err, warning, info ...")
+    ] = None,
+    grep: Annotated[
+        str | None, typer.Option("--grep", "-g", help="Only messages that match (PCRE).")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="An object per entry, with every field.")
+    ] = False,
+    name: Annotated[
+        str, typer.Option("--name", envvar="RAVECTL_NAME", help="Which instance, of several.")
+    ] = options.DEFAULT_NAME,
     workspace: options.Folder = None,
 ) -> None:
-    """Show the machine's journal; of a machine that is not running, its console."""
+    """Show the machine's journal; of a machine that is not running, its console.
+
+    The short options are journalctl's, so here -n is --lines. Times are the machine's: UTC.
+    """
+    from ravectl import logs as journal
     from ravectl.model import InstanceState
 
     found = options.find_instance(workspace, name)
+    # with a time, all of it is meant, as with journalctl
+    given = "all" if lines == "100" and since and not follow else lines
+    query = journal.Query(
+        lines=_lines(given), follow=follow, since=since, until=until, priority=priority, grep=grep,
+        as_json=as_json,
+    )  # fmt: skip
     if found.state() is not InstanceState.RUNNING:
         note(f"{name} is not running; this is the end of its console")
-        print(found.console_tail(lines))
+        print(found.console_tail(query.lines or 10_000))
         return
-    argv = _openssh(found, "ssh", port_flag="-p")
-    command = ["sudo", "journalctl", "--no-pager", "--lines", str(lines)]
     if unit is not None:
-        command += ["--unit", _unit(found, unit)]
-    if follow:
-        command.append("--follow")
-    argv += [f"{found.target().user}@127.0.0.1", shlex.join(command)]
-    os.execv(argv[0], argv)  # noqa: S606
+        query = replace(query, unit=journal.find_unit(found, unit))
+    with options.until_interrupted() if follow else contextlib.nullcontext():
+        journal.show(found, query, _put, options.say_lost)
 
 
-def _unit(found: Instance, name: str) -> str:
-    """The unit of a service of the Plan, else the name as it is."""
-    record = found.record
-    if record is None:
-        return name
-    for service in record.plan.services:
-        if service.name == name:
-            return service.unit[record.engine.value]
-    return name
+def _lines(text: str) -> int | None:
+    if text == "all":
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise UsageError(
+            f"{text!r} is not a number of lines",
+            "write a number, or all; the instance is named by --name",
+        )
+    return int(text)
+
+
+def _put(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 def console(

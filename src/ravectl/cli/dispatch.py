@@ -64,13 +64,20 @@ def list_events(
     source: Annotated[str | None, typer.Option(help="Only of this sender, such as gitlab.")] = None,
     kind: Annotated[str | None, typer.Option("--type", help="Only of this type.")] = None,
     limit: Most = 20,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Then each as it comes, until Ctrl-C.")
+    ] = False,
     as_json: options.AsJson = False,
     name: options.Name = options.DEFAULT_NAME,
     workspace: options.Folder = None,
 ) -> None:
-    """Show the newest events."""
+    """Show the newest events, the newest first; with --follow the newest last, as they come."""
+    query = {"source": source, "event_type": kind}
+    if follow:
+        _follow(query, limit, name, workspace, as_json=as_json)
+        return
     with _api(name, workspace) as api:
-        rows = list(api.items("/events", {"source": source, "event_type": kind}, limit))
+        rows = list(api.items("/events", query, limit))
     if as_json:
         _print(rows)
         return
@@ -79,6 +86,27 @@ def list_events(
         ("task_id", 36),
     )  # fmt: skip
     _rows(rows, columns)
+
+
+def _follow(
+    query: dict[str, str | None], limit: int, name: str, workspace: Path | None, *, as_json: bool
+) -> None:
+    from ravectl import feed
+
+    columns = (
+        ("timestamp", 27), ("source", 12), ("event_type", 24), ("trace_id", 32),
+        ("event_uuid", 36), ("project", 24), ("task_id", 0),
+    )  # fmt: skip
+
+    def put(row: dict[str, Any]) -> None:
+        if as_json:
+            print(json.dumps(row))
+        else:
+            _rows([row], columns)
+        sys.stdout.flush()
+
+    with options.until_interrupted():
+        feed.follow(lambda: _api(name, workspace), query, limit, put, options.say_lost)
 
 
 @event_app.command("show")

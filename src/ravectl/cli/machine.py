@@ -12,8 +12,11 @@ from ravectl.cli import options
 from ravectl.errors import UsageError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ravectl.instance import Instance
     from ravectl.model import Accelerator, Image
+    from ravectl.workspace import Workspace
 
 
 def up(
@@ -127,12 +130,25 @@ def status(
     name: Annotated[
         str | None, typer.Option("--name", "-n", envvar="RAVECTL_NAME", help="Only this instance.")
     ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Go on: services, memory, alerts, tasks.")
+    ] = False,
+    interval: Annotated[
+        float, typer.Option("--interval", help="Seconds between refreshes of --watch.")
+    ] = 5.0,
     workspace: options.Folder = None,
 ) -> None:
-    """Show the instances of this workspace and what is true of them now."""
+    """Show the instances of this workspace and what is true of them now.
+
+    With --watch one machine, from the inside, until Ctrl-C: a live view on a terminal, lines
+    elsewhere, with --json an object per refresh.
+    """
     from ravectl.instance import list_instances
 
     space = options.find_workspace(workspace)
+    if watch:
+        _watch(_the_one(space, workspace, name), interval, as_json=as_json)
+        return
     if name is None:
         found = list_instances(space.instances_dir)
     else:
@@ -150,6 +166,34 @@ def status(
         print(
             f"{r['name']:<16} {r['state']:<9} {r['profile']:<10} {ports}  {since}{panics}".rstrip()
         )
+
+
+def _the_one(space: Workspace, workspace: Path | None, name: str | None) -> Instance:
+    """The instance that is meant: the one named, else the only one."""
+    from ravectl.instance import list_instances
+
+    names = [i.name for i in list_instances(space.instances_dir)]
+    if name is None and len(names) > 1:
+        raise UsageError(
+            f"there are several instances: {', '.join(names)}",
+            f"name the one to watch: ravectl status --watch --name {names[0]}",
+        )
+    return options.find_instance(workspace, name or next(iter(names), options.DEFAULT_NAME))
+
+
+def _watch(found: Instance, interval: float, *, as_json: bool) -> None:
+    from ravectl import reconnect
+    from ravectl.cli import watching
+    from ravectl.watch import LEAST_SECONDS, MOST_SECONDS
+
+    if not LEAST_SECONDS <= interval <= MOST_SECONDS:
+        raise UsageError(
+            f"an interval of {interval:g} s is out of bounds",
+            f"give one from {LEAST_SECONDS:g} to {MOST_SECONDS:g} s",
+        )
+    reconnect.check_running(found)
+    with options.until_interrupted():
+        watching.run(found, interval, as_json=as_json)
 
 
 def _row(found: Instance) -> dict[str, Any]:

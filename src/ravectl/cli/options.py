@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +14,7 @@ import typer
 from ravectl.errors import UsageError
 
 if TYPE_CHECKING:
-    from ravectl import sops
+    from ravectl import reconnect, sops
     from ravectl.instance import Instance
     from ravectl.model import Plan
     from ravectl.profile import Profile
@@ -99,6 +101,24 @@ def opener(workspace: Workspace, override: Path | None = None) -> sops.Identity:
     from ravectl import sops
 
     return sops.find_identity(override, workspace.identity_file)
+
+
+@contextlib.contextmanager
+def until_interrupted() -> Iterator[None]:
+    """For what only Ctrl-C ends: that is then no failure, as with top and journalctl."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(0) from None
+
+
+def say_lost(why: reconnect.Lost) -> None:
+    """Tell of a lost connection: once, not at each attempt."""
+    from ravectl import console
+    from ravectl.verify.framework import clean
+
+    if why.attempts == 0:
+        console.note(f"no connection ({clean(why.reason)}); trying until it is back")
 
 
 def print_json(value: Any) -> None:

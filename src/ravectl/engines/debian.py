@@ -126,10 +126,15 @@ class Base:
     packages: tuple[Package, ...]
 
 
-def base_key(accounts: tuple[Account, ...]) -> str:
+def packages(*, forwarding: bool) -> tuple[str, ...]:
+    """The packages of a base: one whose journal is sent elsewhere has what sends it."""
+    return (*PACKAGES, *(("systemd-journal-remote",) if forwarding else ()))
+
+
+def base_key(accounts: tuple[Account, ...], *, forwarding: bool = False) -> str:
     """What a base is addressed by: the digest of its recipe (not of a mirror's state)."""
     recipe = [
-        RECIPE, SUITE, EPOCH, PACKAGES,
+        RECIPE, SUITE, EPOCH, packages(forwarding=forwarding),
         [[p.name, p.version, p.integrity] for p in NPM_PARTS],
         [[a.name, a.uid, a.home, a.login] for a in accounts],
         files.find_data(WHEELS_LOCK).read_text(), WHEEL_TAGS,
@@ -172,6 +177,7 @@ def ensure_base(
     cache: Path,
     accounts: tuple[Account, ...],
     *,
+    forwarding: bool = False,
     fresh: bool = False,
     accept: Callable[[Base], None] = lambda _: None,
 ) -> Base:
@@ -181,7 +187,7 @@ def ensure_base(
     one in the cache. Raises HostError when this host lacks a tool, a right or space,
     RavectlError when a package cannot be had.
     """
-    key = base_key(accounts)
+    key = base_key(accounts, forwarding=forwarding)
     folder = cache / "debian" / f"base-{key}"
     if not fresh and (found := _cached(folder, key)):
         return found
@@ -192,7 +198,7 @@ def ensure_base(
         if not fresh and (found := _cached(folder, key)):
             return found
         with files.staging(cache / "debian", "making") as stage:
-            accept(make_base(stage, accounts))
+            accept(make_base(stage, accounts, forwarding=forwarding))
             files.remove_tree(folder)
             stage.joinpath("base").rename(folder)
     return read_base(folder, key)
@@ -235,7 +241,7 @@ def read_base(folder: Path, key: str) -> Base:
     return base
 
 
-def make_base(stage: Path, accounts: tuple[Account, ...]) -> Base:
+def make_base(stage: Path, accounts: tuple[Account, ...], *, forwarding: bool = False) -> Base:
     """Make a base in the folder `stage`/base; raises as `ensure_base` does."""
     for program in ("mmdebstrap", "npm"):  # a host that lacks one learns it now, not at its turn
         command.find_tool(program)
@@ -247,7 +253,7 @@ def make_base(stage: Path, accounts: tuple[Account, ...]) -> Base:
         wheels = stack.enter_context(_fetching_wheels(stage / "wheels"))
         fetching = [(part, stack.enter_context(_fetching(part, stage))) for part in NPM_PARTS]
         with console.step("Debian packages") as step:
-            _bootstrap(root, step.update)
+            _bootstrap(root, packages(forwarding=forwarding), step.update)
         rows = _installed(root)
         with console.step("npm parts") as step:
             for part, running in fetching:
@@ -264,10 +270,10 @@ def make_base(stage: Path, accounts: tuple[Account, ...]) -> Base:
         _make_initrd(root, stage / "initramfs", base / "initrd")
         _forget_the_build(root)
     (base / "packages.json").write_text(json.dumps(rows))
-    return read_base(base, base_key(accounts))
+    return read_base(base, base_key(accounts, forwarding=forwarding))
 
 
-def _bootstrap(root: Path, say: Callable[[str], None]) -> None:
+def _bootstrap(root: Path, wanted: tuple[str, ...], say: Callable[[str], None]) -> None:
     hooks = [
         # the package would make a cluster that differs each time; pgcluster makes ours
         'mkdir -p "$1/etc/postgresql-common"',
@@ -275,7 +281,7 @@ def _bootstrap(root: Path, say: Callable[[str], None]) -> None:
     ]
     argv: list[str | os.PathLike[str]] = [
         "mmdebstrap", "--mode=root", "--variant=apt", "--architectures=amd64",
-        "--components=main", f"--include={','.join(PACKAGES)}",
+        "--components=main", f"--include={','.join(wanted)}",
         "--aptopt=APT::Install-Recommends \"false\"",
         "--aptopt=Acquire::Languages \"none\"",
         f"--aptopt=Acquire::http::Timeout \"{MIRROR_SECONDS}\"",
