@@ -17,7 +17,7 @@ import jinja2
 import yaml
 
 from ravectl.errors import RavectlError
-from ravectl.model import SSH_ANNOUNCEMENT, Plan, RenderedFile, RenderedTree
+from ravectl.model import CONSOLE_SOCKET, SSH_ANNOUNCEMENT, Plan, RenderedFile, RenderedTree
 
 
 def render(
@@ -40,7 +40,8 @@ def render(
     environment.filters["umask"] = _umask
     environment.filters["nix"] = to_nix
     names = {
-        "plan": plan, "distribution": folder.name, "ssh_announcement": SSH_ANNOUNCEMENT, **extra,
+        "plan": plan, "distribution": folder.name, "ssh_announcement": SSH_ANNOUNCEMENT,
+        "console_socket": CONSOLE_SOCKET, **extra,
     }  # fmt: skip
     entries: dict[str, Any] = yaml.safe_load((folder / manifest).read_text())
     files = [_file(environment, path, entry or {}, names) for path, entry in entries.items()]

@@ -466,7 +466,8 @@ def _raw_faults(row: Mapping[str, Any]) -> list[str]:
 def _collect_times(target: VerifyTarget, deadline: float) -> str:
     # the services at once, as people use them; the routes of one service one after the other, as
     # what is to be measured is its answer and not its queue
-    port = {r.name: r.upstream_port for r in target.plan.routes}
+    own = target.plan.service("dispatcher").health.port  # whose console has a socket of its own
+    port = {r.name: own if r.upstream_socket else r.upstream_port for r in target.plan.routes}
     groups: dict[int | None, list[Trial]] = {}
     for trial in timed(target.plan):
         groups.setdefault(port[trial.route], []).append(trial)
