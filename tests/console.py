@@ -35,7 +35,7 @@ groups:
       - alert: ServiceDown
         expr: up{job="gone"} == 0
         labels: {severity: critical}
-        annotations: {summary: "the job {{ $labels.job }} does not answer <img src=x onerror=alert(1)>"}
+        annotations: {summary: "{{ $labels.job }} does not answer <img src=x onerror=alert(1)>"}
       - alert: DiskFilling
         expr: vector(1)
         for: 1h
@@ -196,7 +196,9 @@ def history(now: float) -> str:
         found.append(f"# TYPE {name} {kind}")
         suffix = {"counter": "_total", "histogram": "_bucket", "gauge": ""}[kind]
         for labels, value in rows.items():
-            found.extend(f"{name}{suffix}{{{labels}}} {value(i):.6g} {t}" for i, t in enumerate(times))
+            found.extend(
+                f"{name}{suffix}{{{labels}}} {value(i):.6g} {t}" for i, t in enumerate(times)
+            )
 
     def load(i: int) -> float:
         return 0.25 + 0.15 * math.sin(i / 19) + 0.1 * math.sin(i / 5) + 0.35 * (150 < i < 190)

@@ -155,7 +155,8 @@ class Link(_Part):
     """A way from the console to another tool behind the same ingress."""
 
     title: str
-    href: Annotated[str, Field(pattern=r"^/([^/\s\\][^\s\\]*)?$")]  # of this origin: no other scheme
+    # of this origin, so no other scheme
+    href: Annotated[str, Field(pattern=r"^/([^/\s\\][^\s\\]*)?$")]
     about: str = ""
 
 

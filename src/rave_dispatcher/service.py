@@ -15,10 +15,8 @@ from opentelemetry.sdk.trace import TracerProvider
 
 from rave_dispatcher import __version__
 from rave_dispatcher.adapters.clock import SystemChance, SystemClock
-from rave_dispatcher.adapters.console.app import Console
-from rave_dispatcher.adapters.console.parts import Parts
 from rave_dispatcher.adapters.http.api import Services, make_app, receive_webhook
-from rave_dispatcher.adapters.http.gate import Gate
+from rave_dispatcher.adapters.http.gate import App, Gate, Receive, Scope, Send
 from rave_dispatcher.adapters.http.server import Server, make_server
 from rave_dispatcher.adapters.logs import JsonLog, where
 from rave_dispatcher.adapters.prometheus import Metrics
@@ -120,11 +118,23 @@ class Service:
             functools.partial(receive_webhook, services),
         )  # fmt: skip
         self.server: Server = make_server(app, config.limits, DRAIN_SECONDS)
-        console = Console(
-            Parts(config.console, self.store, self.faults), self.store, self.metrics
-        )  # fmt: skip
         limits = config.limits.model_copy(update={"connections": CONSOLE_CONNECTIONS})
-        self.console_server: Server = make_server(console, limits, DRAIN_SECONDS)
+        self.console_server: Server = make_server(self._console(), limits, DRAIN_SECONDS)
+
+    def _console(self) -> App:
+        """The console. It is made with its first request: a start need not wait for it."""
+        made: App | None = None
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            nonlocal made
+            if made is None:
+                from rave_dispatcher.adapters.console import app, parts  # noqa: PLC0415
+
+                content = parts.Parts(self.config.console, self.store, self.faults)
+                made = app.Console(content, self.store, self.metrics)
+            await made(scope, receive, send)
+
+        return app
 
     def faults(self) -> list[str]:
         """Why requests cannot be served now."""

@@ -96,7 +96,9 @@ def test_routes_and_scrape_jobs_lead_to_a_service(plan: Plan) -> None:
     ports = plan.listeners()
     for route in plan.routes:
         assert route.upstream_port is None or route.upstream_port in ports, route.name
-        assert (route.upstream_port is None) == (route.upstream_path is None)
+        assert (route.upstream_path is not None) == bool(
+            route.upstream_port or route.upstream_socket
+        )
     assert {job.port for job in plan.scrape_jobs} <= set(ports)
     # nothing that is scraped is reachable from outside
     assert not {job.port for job in plan.scrape_jobs} & set(plan.network.open_ports)

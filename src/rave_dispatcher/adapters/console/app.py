@@ -127,7 +127,9 @@ class Console:
 
 def _period(query: bytes) -> str:
     try:
-        given = urllib.parse.parse_qs(query.decode("ascii"), strict_parsing=bool(query))
+        given = urllib.parse.parse_qs(
+            query.decode("ascii"), strict_parsing=bool(query), keep_blank_values=True
+        )
     except ValueError:
         raise MalformedError("the query is not of the form name=value") from None
     period = given.pop("period", [queries.DEFAULT_PERIOD])

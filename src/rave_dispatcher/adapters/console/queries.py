@@ -78,8 +78,7 @@ CHARTS = (
         "queue", "Queue", "count",
         "sum by (series) (label_replace(rave_dispatcher_queue_depth"
         '{state=~"pending|running|unprocessed"}, "series", "$1", "state", "(.*)"))',
-        {"pending": "tasks waiting", "running": "tasks running",
-         "unprocessed": "events waiting"},
+        {"pending": "waiting", "running": "running", "unprocessed": "events"},
     ),
     Chart(
         "outcomes", "Task attempts", "count",

@@ -135,8 +135,12 @@ class Chart {
       hooks: { setCursor: [(plot) => this.tell(plot.cursor.idx)] },
       scales: { y: { range: (_, __, most) => (unit === "percent" ? [0, 100] : [0, roof(most, unit)]) } },
       axes: [
-        { ...axis, grid: { show: false }, space: 60, values: (_, at) => at.map((t) => clock(t * 1000)) },
-        { ...axis, grid, size: 56, space: 32, values: (_, at) => at.map((v) => measure(v, unit)) },
+        { ...axis, grid: { show: false }, size: 26, space: 60, values: (_, at) => at.map((t) => clock(t * 1000)) },
+        {
+          ...axis, grid, size: 56, space: 30, values: (_, at) => at.map((v) => measure(v, unit)),
+          // there are no half tasks
+          ...(unit === "count" ? { incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 5000, 1e4, 1e5] } : {}),
+        },
       ],
       series: [
         {},

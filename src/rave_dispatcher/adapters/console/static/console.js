@@ -138,6 +138,7 @@ const UNIT_KINDS = { active: "good", "no data": "none", activating: "unsure", in
 
 function units({ rows, error }) {
   note(byId("units-note"), error);
+  byId("units-note").classList.toggle("failed", error !== null);
   list(byId("units"), rows, (u) => u.name, (u) =>
     element(
       "li", { title: u.unit },
@@ -164,51 +165,56 @@ function alerts({ rows, error }) {
     ));
 }
 
+// what belongs to no project is filed under a dash
+const named = (project) => (project === "-" ? null : project);
+
 const TASK_KINDS = { completed: "good", failed: "bad", running: "busy", pending: "none" };
 
 const traceLink = (trace, what) =>
   element("a", { href: `#trace=${trace}`, class: "button", "aria-label": `Trace of ${what}` }, "Trace");
 
 function tasks({ tasks: rows, error }) {
+  byId("tasks-note").classList.toggle("failed", error !== null);
   note(byId("tasks-note"), error ?? (rows.length ? null : "No task yet. Submit one: ravectl task submit \"say hello\""));
   list(byId("tasks"), rows, (t) => t.task_id, (t) => {
     const why = t.status === "failed" || t.outcome ? [t.outcome !== "succeeded" ? t.outcome : null, t.detail].filter(Boolean).join(": ") : "";
     return element(
-      "tr", { id: `task-${t.task_id}` },
-      element("td", {}, element("span", { class: `badge ${TASK_KINDS[t.status]}` }, t.status)),
+      "tr", { id: `task-${t.task_id}`, role: "row" },
+      element("td", { role: "cell" }, element("span", { class: `badge ${TASK_KINDS[t.status]}` }, t.status)),
       element(
-        "td", { class: "wide" },
+        "td", { role: "cell", class: "wide" },
         element("div", { class: "clip" }, t.prompt.trim() || "(no prompt)"),
-        element("div", { class: "muted" }, [t.agent_type, t.project, t.attempt > 1 ? `attempt ${t.attempt} of ${t.max_attempts}` : null].filter(Boolean).join(" · ")),
+        element("div", { class: "muted" }, [t.agent_type, named(t.project), t.attempt > 1 ? `attempt ${t.attempt} of ${t.max_attempts}` : null].filter(Boolean).join(" · ")),
         why ? element("div", { class: "why" }, why) : null,
         element("code", { class: "hint" }, `ravectl task logs ${t.task_id}`),
       ),
-      element("td", {}, moment(t.created_ms)),
-      element("td", { class: "number" }, t.duration_ms === null ? "–" : duration(t.duration_ms / 1000)),
-      element("td", {}, traceLink(t.trace_id, `task ${t.task_id}`)),
+      element("td", { role: "cell" }, moment(t.created_ms)),
+      element("td", { role: "cell", class: "number" }, t.duration_ms === null || t.status === "pending" ? "–" : duration(t.duration_ms / 1000)),
+      element("td", { role: "cell" }, traceLink(t.trace_id, `task ${t.task_id}`)),
     );
   });
 }
 
 function events({ events: rows, error }) {
+  byId("events-note").classList.toggle("failed", error !== null);
   note(byId("events-note"), error ?? (rows.length ? null : "No webhook came yet"));
   list(byId("events"), rows, (e) => e.event_uuid, (e) =>
     element(
-      "tr", {},
-      element("td", {}, moment(e.received_ms)),
+      "tr", { role: "row" },
+      element("td", { role: "cell" }, moment(e.received_ms)),
       element(
-        "td", { class: "wide" },
+        "td", { role: "cell", class: "wide" },
         element("div", { class: "clip" }, e.event_type),
-        element("div", { class: "muted" }, `${e.source} · ${e.project}`),
+        element("div", { class: "muted" }, [e.source, named(e.project)].filter(Boolean).join(" · ")),
       ),
-      element("td", {}, became(e)),
-      element("td", {}, traceLink(e.trace_id, `event ${e.event_uuid}`)),
+      element("td", { role: "cell", class: "short" }, became(e)),
+      element("td", { role: "cell" }, traceLink(e.trace_id, `event ${e.event_uuid}`)),
     ));
 }
 
 function became(event) {
-  if (event.task_id) return element("a", { href: `#task-${event.task_id}` }, `task ${event.task_id.slice(0, 8)}`);
-  return event.processed ? element("span", { class: "muted" }, "nothing: no rule") : "waits for the rules";
+  if (event.task_id) return element("a", { href: `#task-${event.task_id}` }, `task …${event.task_id.slice(-6)}`);
+  return event.processed ? element("span", { class: "muted" }, "no rule") : "waits for the rules";
 }
 
 ask();

@@ -83,6 +83,7 @@ function digits(value) {
 
 /** A duration of so many seconds. */
 export function duration(seconds) {
+  if (seconds === 0) return "0 s";
   if (seconds < 0.001) return `${digits(seconds * 1e6)} µs`;
   if (seconds < 1) return `${digits(seconds * 1e3)} ms`;
   if (seconds < 60) return `${digits(seconds)} s`;

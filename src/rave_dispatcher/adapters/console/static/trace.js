@@ -38,12 +38,14 @@ export class TraceDialog {
     const mine = this.asked;
     say(byId("trace-id"), trace);
     byId("spans").replaceChildren();
+    say(byId("trace-sum"), "");
     note(byId("trace-note"), "Loading");
     if (!this.dialog.open) this.dialog.showModal();
     const [text, spans] = await load(trace);
     if (mine !== this.asked) return;
     note(byId("trace-note"), text);
     byId("spans").replaceChildren(...rows(spans));
+    say(byId("trace-sum"), spans.length ? total(spans) : "");
   }
 }
 
@@ -59,10 +61,20 @@ async function load(trace) {
   }
 }
 
+const bounds = (spans) => [
+  Math.min(...spans.map((s) => s.start_us)),
+  Math.max(...spans.map((s) => s.start_us + s.duration_us)),
+];
+
+function total(spans) {
+  const [start, end] = bounds(spans);
+  return `${spans.length} ${spans.length === 1 ? "span" : "spans"} in ${duration((end - start) / 1e6)}`;
+}
+
 function rows(spans) {
   if (!spans.length) return [];
-  const start = Math.min(...spans.map((s) => s.start_us));
-  const end = Math.max(...spans.map((s) => s.start_us + s.duration_us), start + 1);
+  const [start, last] = bounds(spans);
+  const end = Math.max(last, start + 1);
   return inOrder(spans).map(([span, depth]) => {
     const from = (span.start_us - start) / (end - start);
     const width = span.duration_us / (end - start);
@@ -70,13 +82,13 @@ function rows(spans) {
     bar.style.marginInlineStart = `${Math.min(from * 100, 99)}%`;
     bar.style.width = `${width * 100}%`;
     const name = element("div", { class: "span-name" }, span.name, span.ok ? null : element("span", { class: "badge bad" }, "failed"));
-    const cell = element("th", { scope: "row" }, name, attributes(span));
+    const cell = element("th", { role: "rowheader", scope: "row" }, name, attributes(span));
     cell.style.paddingInlineStart = `${0.5 + depth}rem`;
     return element(
-      "tr", {}, cell,
-      element("td", { class: "number" }, `+${duration((span.start_us - start) / 1e6)}`),
-      element("td", { class: "number" }, duration(span.duration_us / 1e6)),
-      element("td", { class: "lane" }, bar),
+      "tr", { role: "row" }, cell,
+      element("td", { role: "cell", class: "number" }, `+${duration((span.start_us - start) / 1e6)}`),
+      element("td", { role: "cell", class: "number" }, duration(span.duration_us / 1e6)),
+      element("td", { role: "cell", class: "lane" }, bar),
     );
   });
 }
