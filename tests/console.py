@@ -242,7 +242,8 @@ def history(now: float) -> str:
     family(
         "rave_dispatcher_task_attempts", "counter",
         {'instance="h",agent_type="ai-engineer",outcome="succeeded"': lambda i: i // 5,
-         'instance="h",agent_type="ai-engineer",outcome="error"': lambda i: i // 31},
+         'instance="h",agent_type="ai-engineer",outcome="error"': lambda i: i // 31,
+         'instance="h",agent_type="ai-engineer",outcome="cancelled"': lambda i: i // 150},
     )  # fmt: skip
     return "\n".join([*found, "# EOF", ""])
 

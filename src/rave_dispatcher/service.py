@@ -125,7 +125,7 @@ class Service:
         """The console. It is made with its first request: a start need not wait for it."""
         made: App | None = None
 
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def serve(scope: Scope, receive: Receive, send: Send) -> None:
             nonlocal made
             if made is None:
                 from rave_dispatcher.adapters.console import app, parts  # noqa: PLC0415
@@ -134,7 +134,7 @@ class Service:
                 made = app.Console(content, self.store, self.metrics)
             await made(scope, receive, send)
 
-        return app
+        return serve
 
     def faults(self) -> list[str]:
         """Why requests cannot be served now."""

@@ -206,7 +206,7 @@ class Chart {
     const body = element("tbody", {}, ...rows.reverse());
     this.details.append(
       element(
-        "div", { class: "scroll", role: "region", tabindex: "0", "aria-label": `${title}, values` },
+        "div", { class: "scroll", role: "group", tabindex: "0", "aria-label": `${title}, values` },
         element("table", {}, head, body),
       ),
     );
