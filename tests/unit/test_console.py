@@ -25,7 +25,7 @@ from rave_dispatcher.adapters.systemd import bind_private
 from rave_dispatcher.application.errors import MalformedError
 from rave_dispatcher.config import Console, ConsoleUnit, Link
 
-POINTS = queries.grid("1h", 1_800_000_007.5)
+POINTS = queries.grid("1h", 1_800_000_007.5, 10)
 CPU = queries.CHARTS[0]
 LATENCY = next(c for c in queries.CHARTS if c.key == "latency")
 UNITS = (
@@ -37,19 +37,22 @@ UNITS = (
 # --- the grid -----------------------------------------------------------------------------------
 
 
-@given(st.sampled_from(list(queries.PERIODS)), st.floats(0, 4e9))
-def test_the_points_of_a_period_stay_where_they_were(period: str, now: float) -> None:
-    points = queries.grid(period, now)
+@given(st.sampled_from(list(queries.PERIODS)), st.floats(0, 4e9), st.floats(0.5, 60))
+def test_the_points_of_a_period_stay_where_they_were(
+    period: str, now: float, scrape: float
+) -> None:
+    points = queries.grid(period, now, scrape)
     assert points.end <= now < points.end + points.step
     assert points.end % points.step == 0
-    assert points.count == queries.POINTS + 1
-    assert points.end - points.start == queries.PERIODS[period]
+    assert points.step >= scrape
+    assert points.count <= queries.POINTS * 15 / 14 + 1
+    assert 0 <= queries.PERIODS[period] - (points.end - points.start) < points.step
 
 
 @pytest.mark.parametrize("scrape", [1, 10, 60])
 @pytest.mark.parametrize("period", queries.PERIODS)
 def test_a_rate_is_over_scrapes_enough(scrape: int, period: str) -> None:
-    points = queries.grid(period, 1e9)
+    points = queries.grid(period, 1e9, scrape)
     assert queries.window(points, scrape) >= max(4 * scrape, points.step)
 
 

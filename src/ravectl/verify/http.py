@@ -392,6 +392,7 @@ def judge_tls(subject: Subject, output: str) -> Judgement:
     if not faults and (len(pages) != 3 * len(names) or len(raw) != 2):
         return unreadable(expected, "no record of the pages")
     faults += [f for r in pages for f in page_faults(r)]
+    faults += [f for r in pages for f in console_faults(r)]
     faults += [f for r in raw for f in _raw_faults(r)]
     return judged(
         expected,
@@ -436,6 +437,17 @@ def page_faults(row: Mapping[str, Any]) -> list[str]:
             faults.append(f"{name}: {header} shows {h[header]!r}")
     faults += [f"{name}: shows {v}" for v in _versions(str(row.get("body", "")))]
     return faults
+
+
+def console_faults(row: Mapping[str, Any]) -> list[str]:
+    """What the console's policy, of all pages at `/` of the default host, allows and must not."""
+    name = str(row.get("page"))
+    if not name.startswith(f"{web.DEFAULT_HOST}/, "):
+        return []
+    h = {str(k).lower(): str(v).lower() for k, v in dict(row.get("headers") or {}).items()}
+    csp = h.get("content-security-policy", "")
+    good = "default-src 'none'" in csp and "'unsafe-" not in csp and "*" not in csp
+    return [] if good else [f"{name}: its content-security-policy allows more than its own files"]
 
 
 def _each(header: str, allowed: tuple[str, ...]) -> bool:

@@ -21,7 +21,7 @@ ROWS = 25  # of events and of tasks
 # seconds. Prometheus has no newer values than its last scrape's.
 FEED = (1.0, 1.0)
 STATE = (4.0, 30.0)
-CHARTS = {"1h": (15.0, 120.0), "6h": (60.0, 300.0), "24h": (120.0, 600.0)}
+CHARTS = {"15m": (10.0, 60.0), "1h": (15.0, 120.0), "6h": (60.0, 300.0), "24h": (120.0, 600.0)}
 
 _ODD = (KeyError, TypeError, ValueError, IndexError, AttributeError)
 
@@ -88,7 +88,7 @@ class Parts:
 
     def _charts_of(self, period: str) -> Callable[[], Any]:
         async def make() -> bytes:
-            points = queries.grid(period, self._now())
+            points = queries.grid(period, self._now(), self._config.scrape_seconds)
             paths = [
                 queries.chart_path(c, points, self._config.scrape_seconds) for c in queries.CHARTS
             ]

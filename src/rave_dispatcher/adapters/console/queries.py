@@ -18,9 +18,9 @@ from typing import Any
 from rave_dispatcher.config import ConsoleUnit
 
 QUERY_SECONDS = 2  # what Prometheus may take for one
-POINTS = 120  # of each series: what a chart of 400 to 800 pixels can show
-PERIODS = {"1h": 3600, "6h": 6 * 3600, "24h": 24 * 3600}  # in seconds; the first is the default
-DEFAULT_PERIOD = next(iter(PERIODS))
+POINTS = 120  # of each series, at most: what a chart of 400 to 800 pixels can show
+PERIODS = {"15m": 900, "1h": 3600, "6h": 6 * 3600, "24h": 24 * 3600}  # in seconds
+DEFAULT_PERIOD = "1h"
 LEAST_OUTCOME_WINDOW = 300  # seconds over which outcomes of tasks are counted
 MOST_TEXT = 300  # characters of an alert's texts
 
@@ -107,12 +107,14 @@ class Grid:
         return (self.end - self.start) // self.step + 1
 
 
-def grid(period: str, now: float) -> Grid:
-    """The grid of a period of PERIODS that ends now. Aligned, so that points stay as they were."""
+def grid(period: str, now: float, scrape_seconds: float) -> Grid:
+    """The grid of a period of PERIODS that ends now. Aligned, so that points stay as they were;
+    no finer than there are values.
+    """
     seconds = PERIODS[period]
-    step = seconds // POINTS
+    step = max(seconds // POINTS, math.ceil(scrape_seconds))
     end = int(now) // step * step
-    return Grid(end - seconds, end, step)
+    return Grid(end - seconds // step * step, end, step)
 
 
 def window(points: Grid, scrape_seconds: float) -> int:

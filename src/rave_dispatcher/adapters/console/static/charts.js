@@ -147,7 +147,7 @@ class Chart {
         ...series.map((s) => {
           const [name, dash] = STYLES[s.key];
           return {
-            stroke: colour(name), width: 1.75, dash: DASHES[dash], points: { show: false },
+            stroke: colour(name), width: 1.75, dash: DASHES[dash], points: { show: known(s.values) < 4, size: 4 },
             fill: series.length === 1 ? colour(`${name}-fill`) : undefined, spanGaps: false,
           };
         }),
@@ -212,6 +212,8 @@ class Chart {
     );
   }
 }
+
+const known = (values) => values.filter((v) => v !== null).length;
 
 /** The upper end of a scale: room above the highest value, and no scale that is all noise. */
 function roof(most, unit) {

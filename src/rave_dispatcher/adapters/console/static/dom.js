@@ -95,7 +95,7 @@ const UNITS = {
   percent: (v) => `${digits(v)} %`,
   seconds: duration,
   "per-second": (v) => `${digits(v)}/s`,
-  count: (v) => digits(Math.round(v * 10) / 10),
+  count: (v) => digits(Math.round(v)), // an increase between two scrapes is an estimate
 };
 
 /** A value of a chart in its unit; what is not known is a dash. */
