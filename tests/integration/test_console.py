@@ -3,8 +3,10 @@ configuration) and Chromium."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
+import gc
 import http.client
 import json
 import os
@@ -13,6 +15,7 @@ import socket
 import ssl
 import subprocess
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +25,9 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, ConsoleMessage, Page, Response, expect, sync_playwright
 
+from rave_dispatcher.adapters.console import parts
+from rave_dispatcher.adapters.store.sqlite import EventStore
+from rave_dispatcher.config import Console
 from tests import console, dispatcher
 from tests.console import PASSWORD, USER, Site
 
@@ -255,6 +261,35 @@ def test_memory_stays_flat_however_often_it_is_asked(site: Site) -> None:
         before = resident()
         many(2000)
         assert resident() - before < 3  # MB
+
+
+def test_memory_stays_flat_however_often_it_is_made(site: Site, tmp_path: Path) -> None:
+    """The same for what is made anew, at most every second: as often as in some minutes."""
+
+    async def work() -> int:
+        store = await EventStore.open(tmp_path / "events.db", 0)
+        config = Console.model_validate(
+            {**site.dispatcher.config["console"], "prometheus": site.prometheus}
+        )
+        made = parts.Parts(config, store, list)
+        charts = made._charts_of("1h")
+
+        async def many(count: int) -> int:
+            for _ in range(count):
+                for make in (made._make_feed, made._make_state, charts):
+                    assert len(await make()) > 30
+            gc.collect()
+            return tracemalloc.get_traced_memory()[0]
+
+        tracemalloc.start()
+        try:
+            before = await many(20)
+            return await many(80) - before
+        finally:
+            tracemalloc.stop()
+            await store.close()
+
+    assert asyncio.run(work()) < 50_000  # bytes; one answer alone is more
 
 
 # --- in a browser -------------------------------------------------------------------------------
