@@ -368,6 +368,29 @@ def test_it_shows_what_there_is_and_complains_of_nothing(browser: Browser, site:
         assert sum(v.loaded.values()) < BUDGET, v.loaded
 
 
+INK = """() => { const c = document.querySelector('#chart-memory canvas');
+  const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data; let n = 0;
+  for (let i = 0; i < d.length; i += 4) n += d[i + 3] > 200 && d[i + 2] - d[i] > 150;
+  return n; }"""
+
+
+@pytest.mark.parametrize("places", [(), (60,), (10, 60)])
+def test_a_value_without_neighbours_is_seen(
+    browser: Browser, site: Site, places: tuple[int, ...]
+) -> None:
+    """As on a machine that just started: a line needs two points."""
+    document = status(site)
+    values = document["charts"]["charts"][1]["series"][0]["values"]
+    values[:] = [50.0 if i in places else None for i in range(len(values))]
+    with view(browser, site, wait=False, clean=False) as v:
+        v.page.route("**/console/status*", lambda route: route.fulfill(json=document))
+        v.page.reload()
+        expect(v.page.locator("#chart-memory canvas")).to_be_visible()
+        v.page.wait_for_timeout(500)
+        blue = v.page.evaluate(INK)
+        assert (blue > 3 * len(places)) if places else blue == 0
+
+
 def test_what_senders_and_rules_wrote_is_text(browser: Browser, site: Site) -> None:
     with view(browser, site) as v:
         row = v.row("tasks", "onerror")

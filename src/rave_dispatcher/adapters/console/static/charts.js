@@ -147,7 +147,7 @@ class Chart {
         ...series.map((s) => {
           const [name, dash] = STYLES[s.key];
           return {
-            stroke: colour(name), width: 1.75, dash: DASHES[dash], points: { show: known(s.values) < 4, size: 4 },
+            stroke: colour(name), width: 1.75, dash: DASHES[dash], points: { show: false, filter: (plot, i) => alone(plot.data[i]), size: 4 },
             fill: series.length === 1 ? colour(`${name}-fill`) : undefined, spanGaps: false,
           };
         }),
@@ -213,7 +213,9 @@ class Chart {
   }
 }
 
-const known = (values) => values.filter((v) => v !== null).length;
+/** Where a value has none beside it: there is no line to draw, so it gets a point. */
+const alone = (values) =>
+  values.flatMap((v, i) => (v !== null && (values[i - 1] ?? null) === null && (values[i + 1] ?? null) === null ? [i] : []));
 
 /** The upper end of a scale: room above the highest value, and no scale that is all noise. */
 function roof(most, unit) {
