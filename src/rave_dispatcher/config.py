@@ -149,6 +149,35 @@ class Tracing(_Part):
         return value
 
 
+class ConsoleUnit(_Part):
+    """A service as the console lists it: its systemd unit, and the scrape job that asks it."""
+
+    name: str
+    title: str
+    unit: str
+    job: str | None = None
+
+
+class Link(_Part):
+    """A way from the console to another tool behind the same ingress."""
+
+    title: str
+    # of this origin, so no other scheme
+    href: Annotated[str, Field(pattern=r"^/([^/\s\\][^\s\\]*)?$")]
+    about: str = ""
+
+
+class Console(_Part):
+    """The console page. Without a socket, configured or handed over by systemd, there is none."""
+
+    socket: Path | None = None
+    machine: str = "this machine"
+    prometheus: Annotated[str, Field(pattern=r"^http://[^/\s]+$")] = "http://127.0.0.1:9090"
+    scrape_seconds: float = Field(default=15, gt=0)
+    units: tuple[ConsoleUnit, ...] = ()
+    links: tuple[Link, ...] = ()
+
+
 class Config(_Part):
     """All of it."""
 
@@ -167,6 +196,7 @@ class Config(_Part):
     tasks: Tasks = Tasks()
     runner: RunnerConfig = RunnerConfig()
     tracing: Tracing = Tracing()
+    console: Console = Console()
 
     @field_validator("rules")
     @classmethod

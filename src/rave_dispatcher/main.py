@@ -31,6 +31,7 @@ from rave_dispatcher.application.errors import CorruptStoreError, DispatcherErro
 from rave_dispatcher.config import Config, ConfigError, load
 
 if TYPE_CHECKING:
+    from rave_dispatcher.adapters.systemd import Notifier, Sockets
     from rave_dispatcher.service import Service
 
 DEFAULT_CONFIG = Path("/etc/rave/dispatcher.yaml")
@@ -88,7 +89,12 @@ def _serve(arguments: argparse.Namespace) -> int:
     import uvloop  # noqa: PLC0415
 
     from rave_dispatcher.adapters import logs  # noqa: PLC0415
-    from rave_dispatcher.adapters.systemd import Notifier, bind, inherited_sockets  # noqa: PLC0415
+    from rave_dispatcher.adapters.systemd import (  # noqa: PLC0415
+        Notifier,
+        bind,
+        bind_private,
+        inherited_sockets,
+    )
 
     config = load(arguments.config)
     # the journal marks its own stream; a person or a test reads plain JSON
@@ -96,7 +102,11 @@ def _serve(arguments: argparse.Namespace) -> int:
     # the writer's thread must not wait 5 ms for its turn after each commit
     sys.setswitchinterval(0.0005)
     with _only_one(config.store.path):
-        sockets = inherited_sockets() or [bind(config.listen.host, config.listen.port)]
+        sockets = inherited_sockets()
+        if not sockets.api:
+            sockets.api.append(bind(config.listen.host, config.listen.port))
+        if not sockets.console and config.console.socket:
+            sockets.console.append(bind_private(config.console.socket))
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_service(config, sockets, Notifier()))
 
@@ -118,11 +128,9 @@ def _only_one(store: Path) -> Iterator[None]:
         yield
 
 
-async def _service(config: Config, sockets: list[socket.socket], notifier: object) -> int:
-    from rave_dispatcher.adapters.systemd import Notifier  # noqa: PLC0415
+async def _service(config: Config, sockets: Sockets, notifier: Notifier) -> int:
     from rave_dispatcher.service import Service  # noqa: PLC0415
 
-    assert isinstance(notifier, Notifier)
     service = await Service.start(config, notifier)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -133,7 +141,7 @@ async def _service(config: Config, sockets: list[socket.socket], notifier: objec
     return await _run(service, sockets)
 
 
-async def _run(service: Service, sockets: list[socket.socket]) -> int:
+async def _run(service: Service, sockets: Sockets) -> int:
     try:
         return await service.run(sockets)
     finally:

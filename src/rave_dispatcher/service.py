@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import functools
 import json
-import socket
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from rave_dispatcher import __version__
 from rave_dispatcher.adapters.clock import SystemChance, SystemClock
 from rave_dispatcher.adapters.http.api import Services, make_app, receive_webhook
-from rave_dispatcher.adapters.http.gate import Gate
+from rave_dispatcher.adapters.http.gate import App, Gate, Receive, Scope, Send
 from rave_dispatcher.adapters.http.server import Server, make_server
 from rave_dispatcher.adapters.logs import JsonLog, where
 from rave_dispatcher.adapters.prometheus import Metrics
@@ -27,7 +26,7 @@ from rave_dispatcher.adapters.secrets import SecretFiles
 from rave_dispatcher.adapters.signatures import Signatures
 from rave_dispatcher.adapters.store import connection, maintenance
 from rave_dispatcher.adapters.store.sqlite import EventStore
-from rave_dispatcher.adapters.systemd import Notifier
+from rave_dispatcher.adapters.systemd import Notifier, Sockets
 from rave_dispatcher.adapters.tracing import OtelTracer, make_provider
 from rave_dispatcher.application.collect_metrics import CollectMetrics
 from rave_dispatcher.application.errors import DispatcherError
@@ -42,6 +41,7 @@ CHECKPOINT_SECONDS = 1.0
 PRUNE_SECONDS = 3600.0
 CHECK_SECONDS = 86_400.0
 IDLE_SECONDS = 1.0
+CONSOLE_CONNECTIONS = 64  # pages that are open at once
 
 
 def make_runner(config: Config) -> Runner:
@@ -118,6 +118,23 @@ class Service:
             functools.partial(receive_webhook, services),
         )  # fmt: skip
         self.server: Server = make_server(app, config.limits, DRAIN_SECONDS)
+        limits = config.limits.model_copy(update={"connections": CONSOLE_CONNECTIONS})
+        self.console_server: Server = make_server(self._console(), limits, DRAIN_SECONDS)
+
+    def _console(self) -> App:
+        """The console. It is made with its first request: a start need not wait for it."""
+        made: App | None = None
+
+        async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+            nonlocal made
+            if made is None:
+                from rave_dispatcher.adapters.console import app, parts  # noqa: PLC0415
+
+                content = parts.Parts(self.config.console, self.store, self.faults)
+                made = app.Console(content, self.store, self.metrics)
+            await made(scope, receive, send)
+
+        return serve
 
     def faults(self) -> list[str]:
         """Why requests cannot be served now."""
@@ -137,9 +154,9 @@ class Service:
         if not self.stopping.is_set():
             self.notifier.say("STOPPING=1")
             self.stopping.set()
-            self.server.should_exit = True
+            self.server.should_exit = self.console_server.should_exit = True
 
-    async def run(self, sockets: list[socket.socket]) -> int:
+    async def run(self, sockets: Sockets) -> int:
         """Serve until told to stop, or until a part fails."""
         work = {
             "executor": self.executor.run(),
@@ -150,10 +167,12 @@ class Service:
             "integrity": self._every(CHECK_SECONDS, self._check),
         }
         parts = [asyncio.create_task(part, name=name) for name, part in work.items()]
-        serving = asyncio.create_task(self.server.serve(sockets))
+        serving = [asyncio.create_task(self.server.serve(sockets.api))]
+        if sockets.console:
+            serving.append(asyncio.create_task(self.console_server.serve(sockets.console)))
         ready = asyncio.create_task(self._say_ready())
         try:
-            await asyncio.wait([serving, *parts], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([*serving, *parts], return_when=asyncio.FIRST_COMPLETED)
             failed = [p for p in parts if p.done()]
             for part in failed:
                 error = None if part.cancelled() else part.exception()
@@ -166,7 +185,7 @@ class Service:
             ready.cancel()
             for part in parts:
                 part.cancel()
-            await asyncio.wait([serving, *parts], timeout=DRAIN_SECONDS + 2)
+            await asyncio.wait([*serving, *parts], timeout=DRAIN_SECONDS + 2)
         return 1 if failed else 0
 
     async def close(self) -> None:

@@ -41,15 +41,17 @@ def find_data(name: str) -> Path:
     )
 
 
-def python_source(package: str) -> dict[str, str]:
-    """The modules of a package that is shipped beside this one, by their path in it.
+def package_source(package: str) -> dict[str, str]:
+    """The files of a package that is shipped beside this one, by their path in it: modules, and
+    the data (text) that they read.
 
     Raises RavectlError when the installation is broken.
     """
     folder = Path(__file__).resolve().parents[1] / package
     found = {
         path.relative_to(folder).as_posix(): path.read_text()
-        for path in sorted(folder.rglob("*.py"))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts
     }
     if "__main__.py" not in found:
         raise RavectlError(

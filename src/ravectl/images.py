@@ -98,7 +98,7 @@ def render_debian(plan: Plan) -> RenderedTree:
 
 def dispatcher_code(folder: str) -> list[RenderedFile]:
     """The service that runs in the machine, below `folder`: shipped beside ravectl."""
-    source = files.python_source("rave_dispatcher")
+    source = files.package_source("rave_dispatcher")
     return [RenderedFile(f"{folder}/rave_dispatcher/{path}", text) for path, text in source.items()]
 
 

@@ -25,6 +25,7 @@ T = TypeVar("T")
 SSH_PORT = 22
 AGENT_MB_LEAST = 64  # a profile whose services leave less gets tasks that run out of memory
 INGRESS_PORT = 3002
+CONSOLE_SOCKET = "/run/rave-dispatcher/console.sock"  # only the ingress's user can open it
 SSH_ANNOUNCEMENT = "rave: ssh listens"  # what the guest says on its console, for `up`
 LOG_BURST_SECONDS = 30  # what journald itself has: RateLimitIntervalSec= in journald.conf(5)
 HOST_ADDRESS = "10.0.2.2"  # this host, as a machine on QEMU's user network sees it
@@ -196,6 +197,7 @@ class Route:
     """A way through the ingress.
 
     A route is a path on the default host, or a whole `host` (a virtual host below .localhost).
+    A path with a slash at its end stands for all below it, but for `/`, which is that page alone.
     `probe` is the path that shows that it works, `status` what that answers when allowed.
     """
 
@@ -207,6 +209,7 @@ class Route:
     access: Access
     probe: str
     status: int
+    upstream_socket: str | None = None  # a unix socket, in place of a port: the console's
 
 
 @dataclass(frozen=True)

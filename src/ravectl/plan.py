@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from ravectl.model import (
+    CONSOLE_SOCKET,
     INGRESS_PORT,
     RESERVED_MB,
     SSH_PORT,
@@ -204,7 +205,18 @@ SERVICES = (
 )  # fmt: skip
 
 ROUTES = (
-    Route("console", "/", None, None, None, Access.SIGNED_IN, "/", 200),
+    Route("console", "/", None, None, "/", Access.SIGNED_IN, "/", 200, CONSOLE_SOCKET),
+    Route(
+        "console-data",
+        "/console/",
+        None,
+        None,
+        "/console/",
+        Access.SIGNED_IN,
+        "/console/status",
+        200,
+        CONSOLE_SOCKET,
+    ),
     Route("healthz", "/healthz", None, 3001, "/healthz", Access.ANYONE, "/healthz", 200),
     Route(
         "api",

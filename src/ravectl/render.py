@@ -18,6 +18,7 @@ import yaml
 
 from ravectl.errors import RavectlError
 from ravectl.model import (
+    CONSOLE_SOCKET,
     LOG_BURST_SECONDS,
     RELAY_ADDRESS,
     SSH_ANNOUNCEMENT,
@@ -51,6 +52,7 @@ def render(
     environment.filters["from_json"] = json.loads
     names = {
         "plan": plan, "distribution": folder.name, "ssh_announcement": SSH_ANNOUNCEMENT,
+        "console_socket": CONSOLE_SOCKET,
         "log_burst_seconds": LOG_BURST_SECONDS, "relay_address": RELAY_ADDRESS,
         "verify_rule": VERIFY_RULE,
         **extra,

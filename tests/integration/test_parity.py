@@ -21,7 +21,7 @@ import pyrage
 import pytest
 import yaml
 
-from ravectl import images, sops, vault
+from ravectl import images, model, sops, vault
 from ravectl.model import Access, Activation, EngineName, Plan, RenderedTree, SecretKind
 from tests import nixos
 
@@ -122,6 +122,13 @@ class Debian:
     @property
     def http(self) -> Block:
         return below(nginx_blocks(self.text("etc/nginx/nginx.conf")), "http")
+
+    def http_upstreams(self) -> dict[str, set[str]]:
+        return {
+            words[1]: {w[1] for w, _ in inner if w[0] == "server"}
+            for words, inner in self.http
+            if words[0] == "upstream"
+        }
 
     def servers(self) -> dict[str, Server]:
         found = {}
@@ -348,7 +355,7 @@ def sandbox(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
 
 @row
 def sockets(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
-    names = ("rave-dispatcher", "rave-launcher")
+    names = ("rave-dispatcher", "rave-console", "rave-launcher")
     wants = "etc/systemd/system/sockets.target.wants"
     for name in names:
         assert debian.tree.file(f"{wants}/{name}.socket").target
@@ -375,7 +382,38 @@ def launcher(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
 
 @row
 def dispatcher(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
-    return debian.text("etc/rave/dispatcher.yaml"), nix.etc("rave/dispatcher.yaml")
+    """The same, but for what units are called."""
+
+    def read(text: str, engine: str) -> Any:
+        document = yaml.safe_load(text)
+        for unit in document["console"]["units"]:
+            assert unit["unit"] == plan.service(unit["name"]).unit[engine]
+            unit["unit"] = unit["name"]
+        return document
+
+    return (
+        read(debian.text("etc/rave/dispatcher.yaml"), "debian"),
+        read(nix.etc("rave/dispatcher.yaml"), "nix"),
+    )
+
+
+@row
+def console(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    """The console's socket is the ingress's alone, and nginx asks there."""
+    here, there = debian.socket("rave-console"), nix.at("systemd.sockets")["rave-console"]
+    expected = (model.CONSOLE_SOCKET, "www-data", "0600", "console")
+    servers = [
+        debian.http_upstreams()["local-console"],
+        set(nix.at("services.nginx.upstreams.local-console.servers")),
+    ]
+    assert servers == [{f"unix:{model.CONSOLE_SOCKET}"}] * 2
+    assert plan.service("ingress").user == "www-data"
+    keys = ("SocketUser", "SocketMode", "FileDescriptorName")
+    return (
+        expected,
+        (here.one("ListenStream"), *(here.one(k) for k in keys)),
+        (there["listenStreams"][0], *(there["socketConfig"][k] for k in keys)),
+    )
 
 
 @row
@@ -595,11 +633,14 @@ def routes(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     realms[Access.SIGNED_IN_OR_KEY] = "$rave_router_realm"
     for r in plan.routes:
         host = here[r.host or "_"]
-        found = host.get(r.path) or host[f"= {r.path}"]
+        exactly = f"= {r.path}"
+        found = host[exactly] if exactly in host else host[r.path]
         realm = {f"auth_basic {realms[r.access]}"} if r.access in realms else set()
         assert {d for d in found if d.startswith("auth_basic")} == realm, r.name
         upstream = [d.split("/")[2] for d in found if d.startswith("proxy_pass")]
-        assert upstream == ([f"local-{r.upstream_port}"] if r.upstream_port else []), r.name
+        wanted = "local-console" if r.upstream_socket else f"local-{r.upstream_port}"
+        leads = r.upstream_socket or r.upstream_port
+        assert upstream == ([wanted] if leads else []), r.name
     return here, there
 
 

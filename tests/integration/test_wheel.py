@@ -46,4 +46,6 @@ def test_the_wheel_carries_everything(tmp_path: Path) -> None:
     assert ravectl("--version").startswith("ravectl ")
     assert json.loads(ravectl("plan", "--safe", "--json"))["profile"] == "safe"
     ravectl("render", "--safe", "tree")
+    code = tmp_path / "tree" / "opt" / "rave-dispatcher" / "rave_dispatcher"
+    assert (code / "adapters" / "console" / "static" / "uPlot.iife.min.js").stat().st_size > 50_000
     assert "listen 3002 ssl" in (tmp_path / "tree" / "etc" / "nginx" / "nginx.conf").read_text()

@@ -150,9 +150,13 @@ def test_every_key_is_in_the_reference() -> None:
 
 
 def test_the_machine_gets_the_code_that_is_tested_and_no_wheel_strays() -> None:
-    source = files.python_source("rave_dispatcher")
+    source = files.package_source("rave_dispatcher")
     here = ROOT / "src" / "rave_dispatcher"
-    assert set(source) == {p.relative_to(here).as_posix() for p in here.rglob("*.py")}
+    tracked = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "."],
+        cwd=here, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert set(source) == set(tracked.stdout.split())
     assert debian._place_in_site("a/b.py") == "a/b.py"
     assert debian._place_in_site("a-1.data/purelib/a.py") == "a.py"
     assert debian._place_in_site("a-1.data/scripts/a") is None

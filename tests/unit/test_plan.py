@@ -8,6 +8,7 @@ import pytest
 
 from ravectl import model, profile
 from ravectl.model import (
+    CONSOLE_SOCKET,
     INGRESS_PORT,
     RESERVED_MB,
     SERVICE_NAMES,
@@ -96,10 +97,20 @@ def test_routes_and_scrape_jobs_lead_to_a_service(plan: Plan) -> None:
     ports = plan.listeners()
     for route in plan.routes:
         assert route.upstream_port is None or route.upstream_port in ports, route.name
-        assert (route.upstream_port is None) == (route.upstream_path is None)
+        assert (route.upstream_path is not None) == bool(
+            route.upstream_port or route.upstream_socket
+        )
     assert {job.port for job in plan.scrape_jobs} <= set(ports)
     # nothing that is scraped is reachable from outside
     assert not {job.port for job in plan.scrape_jobs} & set(plan.network.open_ports)
+
+
+def test_the_console_is_for_who_signed_in_and_at_no_port(plan: Plan) -> None:
+    console = [r for r in plan.routes if r.name.startswith("console")]
+    assert {(r.upstream_socket, r.upstream_port, r.access) for r in console} == {
+        (CONSOLE_SOCKET, None, Access.SIGNED_IN)
+    }
+    assert [r.name for r in plan.routes if r.upstream_socket] == [r.name for r in console]
 
 
 def test_metrics_are_for_nobody_outside(plan: Plan) -> None:

@@ -19,6 +19,7 @@ from ravectl.model import CheckResult, Endpoint, EngineName, Outcome, Report, Su
 from ravectl.plan import make_plan
 from ravectl.verify import framework
 from ravectl.verify.framework import Check, Judgement, Probe, Subject, VerifyTarget, judged
+from ravectl.verify.http import console_faults
 
 PLAN = make_plan(**profile.select("safe", {}, None).plan_arguments())
 TARGET = VerifyTarget(
@@ -256,3 +257,23 @@ def test_table(terminal: bool) -> None:
 def test_summary() -> None:
     assert verify.summary(report()) == ("1 of 3 checks hold, 1 failed, 1 could not be run (1.5 s)")
     assert verify.summary(report(broken=False)) == "1 of 1 checks hold (1.5 s)"
+
+
+STRICT = "default-src 'none'; script-src 'self'; base-uri 'none'"
+
+
+@pytest.mark.parametrize(
+    ("page", "policy", "good"),
+    [
+        ("localhost/, signed in", STRICT, True),
+        ("localhost/, signed in", STRICT.replace("'none'", "'self'", 1), False),
+        ("localhost/, signed in", STRICT.replace("'self'", "'self' 'unsafe-inline'"), False),
+        ("localhost/, no credentials", STRICT.replace("'self'", "https://*"), False),
+        ("localhost/, no credentials", "", False),
+        ("kanban.localhost/, signed in", "script-src 'unsafe-inline'", True),  # not ours to say
+    ],
+)
+def test_the_consoles_policy(page: str, policy: str, good: bool) -> None:
+    row = {"page": page, "headers": {"Content-Security-Policy": policy}}
+    assert (console_faults(row) == []) is good
+    assert console_faults({"page": "localhost/, signed in"}) != []

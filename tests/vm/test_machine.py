@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ravectl import sops, ssh, vault
+from ravectl.model import CONSOLE_SOCKET
 from ravectl.verify import CHECKS
 from tests.conftest import Tool
 
@@ -60,6 +61,22 @@ def test_files_are_copied_both_ways(machine: Tool, tmp_path: Path) -> None:
 def test_logs_and_console_speak(machine: Tool) -> None:
     assert "Loaded JSON config" in machine("logs", "router").stdout
     assert "rave: ssh listens" in machine("console").stdout
+
+
+def test_who_did_not_sign_in_cannot_ask_for_the_console(machine: Tool) -> None:
+    """Of all accounts only the ingress's opens the socket; the dispatcher's port has no console."""
+    ask = ("curl", "-sS", "-o", "/dev/null", "-w", "%{http_code}", "--max-time", "20")
+    at = ("--unix-socket", CONSOLE_SOCKET, "http://console/console/status")
+
+    def as_user(user: str, *words: str) -> subprocess.CompletedProcess[str]:
+        return machine("exec", "--", "sudo", "-u", user, *ask, *words, code=None)
+
+    assert as_user("www-data", *at).stdout == "200"
+    accounts = [a.name for a in machine.instance().require_record().plan.accounts]
+    assert "agent" in accounts
+    for name in accounts:
+        assert as_user(name, *at).stdout == "000", name
+    assert as_user("agent", "http://127.0.0.1:3001/console/status").stdout == "404"
 
 
 def test_the_host_key_is_pinned(machine: Tool, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -12,6 +13,7 @@ from prometheus_client.registry import Collector
 from rave_dispatcher import __version__
 from rave_dispatcher.application.ports import Figures
 from rave_dispatcher.domain.metrics import Metric
+from rave_dispatcher.domain.tasks import AgentType, Outcome
 
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2.5, 5, 10)
 _SLOW = (0.1, 0.5, 1, 5, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600)
@@ -55,6 +57,9 @@ class Metrics:
             f"{ns}_http_request_duration_seconds", "Time until the answer", ["route"],
             buckets=_FAST, registry=r,
         )  # fmt: skip
+        self._console = Counter(
+            f"{ns}_console_requests", "Requests of the console page", ["status"], registry=r
+        )
         self._in_flight = Gauge(f"{ns}_http_requests_in_flight", "Under way", registry=r)
         self._received = Counter(
             f"{ns}_events_received", "Verified deliveries", ["source"], registry=r
@@ -77,6 +82,9 @@ class Metrics:
         self._attempts = Counter(
             f"{ns}_task_attempts", "Attempts at tasks", ["agent_type", "outcome"], registry=r
         )
+        for kind, outcome in itertools.product(AgentType, Outcome):
+            # from the start: the first failure would else be no increase of anything
+            self._attempts.labels(kind.value, outcome.value)
         self._durations = Histogram(
             f"{ns}_task_duration_seconds", "Time of an attempt", ["agent_type"], buckets=_SLOW,
             registry=r,
@@ -108,6 +116,10 @@ class Metrics:
         """A request was answered."""
         self._requests.labels(method, route, str(status)).inc()
         self._seconds.labels(route).observe(seconds, {"trace_id": trace} if trace else None)
+
+    def console_answered(self, status: int) -> None:
+        """A request of the console page was answered."""
+        self._console.labels(str(status)).inc()
 
     def in_flight(self, change: int) -> None:
         """A request began or ended."""

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from dataclasses import dataclass
+from pathlib import Path
 
 FIRST_FD = 3
+CONSOLE = "console"  # the name of the descriptor
 
 
 class Notifier:
@@ -31,17 +34,44 @@ class Notifier:
             s.sendto("\n".join(lines).encode(), address)
 
 
-def inherited_sockets() -> list[socket.socket]:
-    """The listening sockets that systemd handed over (sd_listen_fds(3))."""
+@dataclass(frozen=True)
+class Sockets:
+    """Where the service listens: for all, and for the ingress on behalf of who signed in."""
+
+    api: list[socket.socket]
+    console: list[socket.socket]
+
+
+def inherited_sockets() -> Sockets:
+    """The listening sockets that systemd handed over (sd_listen_fds_with_names(3)).
+
+    The console's is told by its name, FileDescriptorName= in its unit: what comes without a
+    name is never taken for it.
+    """
     count, pid = os.environ.pop("LISTEN_FDS", ""), os.environ.pop("LISTEN_PID", "")
-    os.environ.pop("LISTEN_FDNAMES", None)
+    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
+    found = Sockets([], [])
     if pid != str(os.getpid()) or not count.isdigit():
-        return []
-    found = []
-    for fd in range(FIRST_FD, FIRST_FD + int(count)):
-        os.set_inheritable(fd, False)
-        found.append(socket.socket(fileno=fd))
+        return found
+    for number in range(int(count)):
+        os.set_inheritable(FIRST_FD + number, False)
+        s = socket.socket(fileno=FIRST_FD + number)
+        console = names[number : number + 1] == [CONSOLE] and s.family == socket.AF_UNIX
+        (found.console if console else found.api).append(s)
     return found
+
+
+def bind_private(path: Path) -> socket.socket:
+    """A listening unix socket of our own, which only our user can open."""
+    path.unlink(missing_ok=True)
+    s = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o177)
+    try:
+        s.bind(str(path))
+    finally:
+        os.umask(before)
+    s.listen(128)
+    return s
 
 
 def bind(host: str, port: int) -> socket.socket:

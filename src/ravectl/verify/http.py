@@ -392,6 +392,7 @@ def judge_tls(subject: Subject, output: str) -> Judgement:
     if not faults and (len(pages) != 3 * len(names) or len(raw) != 2):
         return unreadable(expected, "no record of the pages")
     faults += [f for r in pages for f in page_faults(r)]
+    faults += [f for r in pages for f in console_faults(r)]
     faults += [f for r in raw for f in _raw_faults(r)]
     return judged(
         expected,
@@ -438,6 +439,17 @@ def page_faults(row: Mapping[str, Any]) -> list[str]:
     return faults
 
 
+def console_faults(row: Mapping[str, Any]) -> list[str]:
+    """What the console's policy, of all pages at `/` of the default host, allows and must not."""
+    name = str(row.get("page"))
+    if not name.startswith(f"{web.DEFAULT_HOST}/, "):
+        return []
+    h = {str(k).lower(): str(v).lower() for k, v in dict(row.get("headers") or {}).items()}
+    csp = h.get("content-security-policy", "")
+    good = "default-src 'none'" in csp and "'unsafe-" not in csp and "*" not in csp
+    return [] if good else [f"{name}: its content-security-policy allows more than its own files"]
+
+
 def _each(header: str, allowed: tuple[str, ...]) -> bool:
     """Whether each value of a header, which may have come twice, is allowed."""
     return all(value.strip().lower() in allowed for value in header.split(","))
@@ -466,7 +478,8 @@ def _raw_faults(row: Mapping[str, Any]) -> list[str]:
 def _collect_times(target: VerifyTarget, deadline: float) -> str:
     # the services at once, as people use them; the routes of one service one after the other, as
     # what is to be measured is its answer and not its queue
-    port = {r.name: r.upstream_port for r in target.plan.routes}
+    own = target.plan.service("dispatcher").health.port  # whose console has a socket of its own
+    port = {r.name: own if r.upstream_socket else r.upstream_port for r in target.plan.routes}
     groups: dict[int | None, list[Trial]] = {}
     for trial in timed(target.plan):
         groups.setdefault(port[trial.route], []).append(trial)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rave_dispatcher.adapters.store import connection as opening
+from rave_dispatcher.adapters.store import recent
 from rave_dispatcher.adapters.store.rows import (
     EVENT_COLUMNS,
     INSERT_TASK,
@@ -262,6 +263,10 @@ class EventStore:
             SpanRow(i, span, parent, name, start, end, bool(ok), attributes)
             for i, span, parent, name, start, end, ok, attributes in rows
         ]
+
+    async def recent(self, limit: int) -> tuple[recent.Rows, recent.Rows]:
+        """So many of the newest events and tasks, for a page that lists them."""
+        return await self._read(lambda c: recent.recent(c, limit))
 
     async def figures(self) -> Figures:
         """How full it is."""
