@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -24,12 +26,38 @@ def wait_for(what: Callable[[], bool], seconds: float) -> None:
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[str, str]:
-    """What it printed until Ctrl-C, which is no failure."""
+    """What else it printed until Ctrl-C, which is no failure."""
+    assert process.stdout is not None
+    assert process.stderr is not None
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
-    assert process.returncode == 0, err
+    # not communicate(): that passes over what readline() has read ahead
+    out, err = process.stdout.read(), process.stderr.read()
+    assert process.wait(20) == 0, err
     assert "Traceback" not in err
     return out, err
+
+
+@contextlib.contextmanager
+def started(machine: Tool, *words: str) -> Iterator[subprocess.Popen[str]]:
+    process = machine.start(*words)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(20)
+
+
+def line(process: subprocess.Popen[str], seconds: float = 60) -> str:
+    """The next line that it prints."""
+    assert process.stdout is not None
+    got: list[str] = []
+    reader = threading.Thread(
+        target=lambda stream: got.append(stream.readline()), args=(process.stdout,), daemon=True
+    )
+    reader.start()
+    reader.join(seconds)
+    assert got, "it said nothing"
+    return got[0]
 
 
 def answers(machine: Tool) -> bool:
@@ -39,25 +67,33 @@ def answers(machine: Tool) -> bool:
 def test_logs_and_status_go_on_across_a_restart(machine: Tool) -> None:
     write = "for i in $(seq {} {}); do logger -t tick number $i; done; {}"
     machine("exec", "--", "logger", "-t", "tick", "number", "0")
-    logs = machine.start("logs", "--lines", "1", "--follow", "--grep", "number")
-    status = machine.start("status", "--watch", "--interval", "1", "--json")
-    assert logs.stdout is not None
-    assert status.stdout is not None
-    assert "number 0" in logs.stdout.readline()
-    first = json.loads(status.stdout.readline())
-    ticks = write.format(1, 20, "sync; systemctl reboot")
-    machine("exec", "--", "sudo", "sh", "-c", ticks, code=None)
-    wait_for(lambda: not answers(machine), 30)
-    wait_for(lambda: answers(machine), 90)
-    machine("exec", "--", "sh", "-c", write.format(21, 40, ""))
-    last = first
-    while last["boot_id"] == first["boot_id"]:
-        last = json.loads(status.stdout.readline())
-    time.sleep(3)
-    out, err = ended(logs)
-    assert [int(n) for n in re.findall(r"tick: number (\d+)$", out, re.M)] == list(range(1, 41))
+    # the last lines are counted before they are filtered, as journalctl does while it follows
+    words = ("logs", "--lines", "200", "--follow", "--grep", "number [0-9]+$")
+    with (
+        started(machine, *words) as logs,
+        started(machine, "status", "--watch", "--interval", "1", "--json") as status,
+    ):
+        assert "number 0" in line(logs)
+        first = last = json.loads(line(status))
+        ticks = write.format(1, 20, "sync; systemctl reboot")
+        machine("exec", "--", "sudo", "sh", "-c", ticks, code=None)
+        wait_for(lambda: not answers(machine), 30)
+        wait_for(lambda: answers(machine), 90)
+        machine("exec", "--", "sh", "-c", write.format(21, 40, ""))
+        end = time.monotonic() + 60
+        while last["boot_id"] == first["boot_id"]:
+            assert time.monotonic() < end
+            last = json.loads(line(status))
+        shown = line(logs)
+        while "number 40" not in shown:
+            assert time.monotonic() < end + 30
+            shown += line(logs)
+        out, err = ended(logs)
+        ended(status)
+    assert [int(n) for n in re.findall(r"tick: number (\d+)$", shown + out, re.M)] == list(
+        range(1, 41)
+    )
     assert err.count("no connection") == 1, err
-    ended(status)
     units = {u["name"]: u for u in first["units"]}
     assert units["router"]["state"] == "active"
     assert 0 < units["router"]["memory_bytes"] < units["router"]["memory_limit_bytes"]
