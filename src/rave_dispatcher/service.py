@@ -16,6 +16,7 @@ from opentelemetry.sdk.trace import TracerProvider
 
 from rave_dispatcher import __version__
 from rave_dispatcher.adapters.clock import SystemChance, SystemClock
+from rave_dispatcher.adapters.deadline import CpuDeadline
 from rave_dispatcher.adapters.http.api import Services, make_app, receive_webhook
 from rave_dispatcher.adapters.http.gate import Gate
 from rave_dispatcher.adapters.http.server import Server, make_server
@@ -38,6 +39,7 @@ from rave_dispatcher.application.process_webhook import Policy, ProcessWebhook
 from rave_dispatcher.config import Config
 
 DRAIN_SECONDS = 5  # for requests under way; tasks are ended meanwhile; all within 10 s
+RULES_SECONDS = 1.0  # of the processor, for one event: nothing else is served meanwhile
 CHECKPOINT_SECONDS = 1.0
 PRUNE_SECONDS = 3600.0
 CHECK_SECONDS = 86_400.0
@@ -91,6 +93,7 @@ class Service:
                 tuple(r.rule() for r in config.rules), config.limits.depth,
                 config.tasks.max_attempts,
             ),
+            CpuDeadline(RULES_SECONDS),
         )  # fmt: skip
         self.executor = ExecuteAgentTask(
             self.store, make_runner(config), self.clock, chance, tracer, self.metrics, self.log,

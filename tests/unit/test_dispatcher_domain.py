@@ -15,7 +15,14 @@ from rave_dispatcher.domain.events import NO_PROJECT, project_of, too_deep, type
 from rave_dispatcher.domain.ids import make_uuid
 from rave_dispatcher.domain.metrics import MAX_LABELS, Metric, fault_of
 from rave_dispatcher.domain.queue import AGED_MOST, AGING_MS, Load, Waiting, choose
-from rave_dispatcher.domain.rules import Condition, Rule, RuleError, concerned, first_match
+from rave_dispatcher.domain.rules import (
+    MAX_PROMPT,
+    Condition,
+    Rule,
+    RuleError,
+    concerned,
+    first_match,
+)
 from rave_dispatcher.domain.tasks import MAX_PRIORITY, AgentType
 
 # --- queue -----------------------------------------------------------------------------------
@@ -129,6 +136,23 @@ def test_a_rule_that_cannot_work_is_refused(make_it: Any, words: str) -> None:
 def test_a_prompt_takes_what_the_payload_has() -> None:
     prompt = "{{ $.object_attributes.title }} #{{$..iid}} ({{ $..labels[*] }}){{ $.no }}"
     assert make(prompt=prompt).render(PAYLOAD) == "Fix #7 (a, b)"
+
+
+def test_a_prompt_takes_no_more_of_a_payload_than_fits() -> None:
+    rule = Rule("r", AgentType.AI_ENGINEER, "{{ $..* }}")
+    seen = []
+
+    class Many(dict[str, Any]):
+        def values(self) -> Any:  # counts how far the rule looks
+            for n in range(10**6):
+                seen.append(n)
+                yield "x" * 1000
+
+        def items(self) -> Any:
+            return ((str(n), v) for n, v in enumerate(self.values()))
+
+    assert len(rule.render(Many(a=1))) == MAX_PROMPT
+    assert len(seen) < 200
 
 
 def test_what_the_payload_says_is_no_template() -> None:

@@ -276,6 +276,10 @@ class Observer(Protocol):
         """The rules saw an event, so long after it came."""
         ...
 
+    def rules_failed(self) -> None:
+        """The rules failed on an event, or took too long; it becomes no task."""
+        ...
+
     def task_ended(self, agent_type: str, outcome: str, seconds: float, trace_id: str) -> None:
         """An attempt at a task ended."""
         ...

@@ -1,0 +1,50 @@
+"""Senders and clients who mean it badly, against a dispatcher that runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.dispatcher import Dispatcher, running
+
+SMALLEST_MB = 192  # what the shipped profiles give it at least
+
+
+@pytest.mark.parametrize(
+    ("condition", "payload"),
+    [
+        # exponential in Python's re, which no thread can interrupt
+        ({"path": "$.t", "matches": "^(a+)+$"}, {"t": "a" * 60 + "!"}),
+        # more values than fit into the service's memory
+        ({"path": "$..*..*", "matches": "never"}, {"a": [[[[[[[[[[1]] * 9] * 9] * 9] * 9] * 9]]]]}),
+    ],
+    ids=["expression", "path"],
+)
+def test_a_payload_that_makes_a_rule_endless_stops_nobody(
+    tmp_path: Path, condition: dict[str, str], payload: Any
+) -> None:
+    rule = {"name": "r", "agent_type": "backend-architect", "prompt": "do", "types": ["bad"]}
+    good = {**rule, "name": "g", "types": ["good"]}
+    with running(tmp_path, rules=[{**rule, "conditions": [condition]}, good]) as d:
+        bad = d.hook(json.dumps(payload).encode(), event="bad").json()["event_uuid"]
+        after = d.hook(event="good").json()["event_uuid"]
+        event = d.wait_for(f"/v1/events/{after}", lambda e: e["processed"], 10)
+        assert event["task_id"] is not None
+        seen = d.wait_for(f"/v1/events/{bad}", lambda e: e["processed"])
+        assert seen["task_id"] is None
+        assert "the rules failed on an event" in d.log
+        assert d.metric("rave_dispatcher_rules_failed_total") == 1
+        assert peak_mb(d) < SMALLEST_MB
+
+
+def peak_mb(d: Dispatcher) -> float:
+    """The most memory that the process ever had."""
+    assert d.process is not None
+    status = Path(f"/proc/{d.process.pid}/status").read_text()
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    assert found is not None
+    return int(found[1]) / 1024
