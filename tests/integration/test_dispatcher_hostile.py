@@ -41,6 +41,21 @@ def test_a_payload_that_makes_a_rule_endless_stops_nobody(
         assert peak_mb(d) < SMALLEST_MB
 
 
+def test_a_list_of_large_events_fits_into_the_memory(tmp_path: Path) -> None:
+    # a million characters that are 330,000 lists once they are parsed
+    body = b'{"x": [' + b",".join([b"[]"] * 330_000) + b"]}"
+    with running(tmp_path) as d:
+        sent = [d.hook(body).json()["event_uuid"] for _ in range(12)]
+        found, cursor = [], ""
+        while cursor is not None:
+            page = d.api("GET", f"/v1/events?limit=200{cursor and '&cursor=' + cursor}").json()
+            found += [e["event_uuid"] for e in page["items"]]
+            assert page["items"][0]["payload"] == json.loads(body)
+            cursor = page["next_cursor"]
+        assert found == sent[::-1]
+        assert peak_mb(d) < SMALLEST_MB
+
+
 def peak_mb(d: Dispatcher) -> float:
     """The most memory that the process ever had."""
     assert d.process is not None
