@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.dispatcher import Dispatcher, running
+from tests.dispatcher import Dispatcher, github, running
 
 SMALLEST_MB = 192  # what the shipped profiles give it at least
 
@@ -54,6 +54,22 @@ def test_a_list_of_large_events_fits_into_the_memory(tmp_path: Path) -> None:
             cursor = page["next_cursor"]
         assert found == sent[::-1]
         assert peak_mb(d) < SMALLEST_MB
+
+
+def test_who_is_refused_leaves_nothing_on_the_disk(tmp_path: Path) -> None:
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    more = {"traceparent": f"00-{trace}-b7ad6b7169203331-01", "Content-Type": "application/json"}
+    with running(tmp_path) as d:
+        for path in ("/webhooks/github", "/webhooks/nobody", "/v1/tasks", "/nowhere"):
+            answer = d.request("POST", path, b"{}", more)
+            assert 400 <= answer.status < 500
+            assert answer.headers["x-trace-id"] == trace  # it can be found in the log all the same
+        body = b"{}"
+        assert d.request("POST", "/webhooks/github", body, github(body) | more).status == 202
+        # spans are kept in the order of their end, so those of before would be there as well
+        spans = d.wait_for(f"/v1/traces/{trace}", lambda page: page["items"])["items"]
+        assert [s["name"] for s in spans] == ["POST /webhooks/{source}"]
+        assert d.metric("rave_dispatcher_http_requests_total") >= 5
 
 
 def peak_mb(d: Dispatcher) -> float:
