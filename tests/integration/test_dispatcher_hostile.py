@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.dispatcher import Dispatcher, github, running
+from tests.dispatcher import Dispatcher, github, make, running
 
+RULE = {"name": "r", "agent_type": "backend-architect", "prompt": "do"}
 SMALLEST_MB = 192  # what the shipped profiles give it at least
 
 
@@ -27,9 +28,8 @@ SMALLEST_MB = 192  # what the shipped profiles give it at least
 def test_a_payload_that_makes_a_rule_endless_stops_nobody(
     tmp_path: Path, condition: dict[str, str], payload: Any
 ) -> None:
-    rule = {"name": "r", "agent_type": "backend-architect", "prompt": "do", "types": ["bad"]}
-    good = {**rule, "name": "g", "types": ["good"]}
-    with running(tmp_path, rules=[{**rule, "conditions": [condition]}, good]) as d:
+    bad_one = {**RULE, "types": ["bad"], "conditions": [condition]}
+    with running(tmp_path, rules=[bad_one, {**RULE, "name": "g", "types": ["good"]}]) as d:
         bad = d.hook(json.dumps(payload).encode(), event="bad").json()["event_uuid"]
         after = d.hook(event="good").json()["event_uuid"]
         event = d.wait_for(f"/v1/events/{after}", lambda e: e["processed"], 10)
@@ -79,3 +79,53 @@ def peak_mb(d: Dispatcher) -> float:
     found = re.search(r"VmHWM:\s+(\d+) kB", status)
     assert found is not None
     return int(found[1]) / 1024
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "cause"),
+    [
+        (("check", "--store", "GARBAGE"), 4, "file is not a database"),
+        (("export", "--store", "GARBAGE"), 4, "file is not a database"),
+        (("check", "--store", "EMPTY"), 4, "is no event store"),
+        (("export", "--store", "EMPTY"), 1, "no such table"),
+        (("check",), 1, "there is no store"),
+        (("export",), 1, "there is no store"),
+        (("prune",), 1, "there is no store"),
+        (("backup", "BACKUP"), 1, "there is no store"),
+        (("export", "--since", "nan"), 2, "--since"),
+        (("export", "--since", "1e300"), 2, "--since"),
+    ],
+)
+def test_commands_say_what_is_wrong(
+    tmp_path: Path, words: tuple[str, ...], code: int, cause: str
+) -> None:
+    (tmp_path / "GARBAGE").write_bytes(b"no database" * 999)
+    (tmp_path / "EMPTY").touch()
+    d = make(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    done = d.run(*(str(tmp_path / w) if w.isupper() else w for w in words))
+    assert (done.returncode, done.stdout) == (code, "")
+    assert cause in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before  # none of them makes or changes a store
+    assert (tmp_path / "EMPTY").stat().st_size == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 3000,
+        *(
+            json.dumps({"rules": [{**RULE, "conditions": [{"path": "$.a", "matches": m}]}]})
+            for m in ("a{99999999999}", "(" * 500 + ")" * 500)
+        ),
+    ],
+    ids=["deep", "repetition", "groups"],
+)
+def test_a_configuration_that_cannot_be_read(tmp_path: Path, text: str) -> None:
+    d = make(tmp_path)
+    (tmp_path / "wrong").write_text(text)
+    done = d.run("--config", str(tmp_path / "wrong"), "check")
+    assert done.returncode == 2
+    assert done.stderr.startswith("rave-dispatcher: ")
+    assert done.stderr.count("\n") == 1

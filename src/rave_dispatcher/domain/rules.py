@@ -50,7 +50,7 @@ class Condition:
         if self.matches is not None:
             try:
                 re.compile(self.matches)
-            except re.error as e:
+            except (re.error, OverflowError, RecursionError) as e:
                 raise RuleError(f"condition on {self.path}: {self.matches!r}: {e}") from None
 
     def holds(self, payload: Any) -> bool:
@@ -116,6 +116,8 @@ def compile_path(path: str) -> None:
         _compiled(path)
     except jsonpath.JSONPathError as e:
         raise RuleError(f"{path!r} is not a JSONPath: {str(e).splitlines()[0]}") from None
+    except (OverflowError, RecursionError) as e:
+        raise RuleError(f"{path!r} is more than can be read: {e}") from None
 
 
 def values(path: str, payload: Any) -> Iterator[Any]:

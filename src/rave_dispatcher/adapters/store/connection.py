@@ -33,6 +33,7 @@ def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
     connection.execute("PRAGMA trusted_schema = OFF")
     connection.execute("PRAGMA cell_size_check = ON")
     connection.execute("PRAGMA cache_size = -4096")
+    connection.execute("PRAGMA synchronous = FULL")
     if read_only:
         connection.execute("PRAGMA query_only = ON")
         return connection
@@ -42,7 +43,6 @@ def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
     mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
     if mode != "wal":
         raise StoreError(f"the store's journal mode is {mode}: its file system cannot do WAL")
-    connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA wal_autocheckpoint = 0")  # maintenance does it beside the commits
     return connection
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rave_dispatcher.adapters.store import connection as opening
+from rave_dispatcher.adapters.store import schema
 from rave_dispatcher.adapters.store.rows import EVENT_COLUMNS, TASK_COLUMNS, event_of, task_of
 from rave_dispatcher.adapters.store.writer import Writer
+from rave_dispatcher.application.errors import CorruptStoreError
 
 CHECKPOINT_WORK = 4000  # events or steps, some 30 MB of log
 RESTART_FRAMES = 25_000  # pages: 100 MB of log
@@ -144,9 +146,14 @@ def check_all(path: Path) -> str | None:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """The store's settings and whether it is sound, for `ravectl verify`."""
-    connection = opening.connect(path)
+    """The store's settings and whether it is sound, for `ravectl verify`; changes nothing.
+
+    Raises CorruptStoreError for what is no event store, an empty file among it.
+    """
+    connection = opening.connect(path, read_only=True)
     try:
+        if connection.execute("PRAGMA application_id").fetchone()[0] != schema.APPLICATION_ID:
+            raise CorruptStoreError(f"{path} is no event store of the dispatcher")
         pragmas = {
             name: connection.execute(f"PRAGMA {name}").fetchone()[0]
             for name in ("journal_mode", "synchronous", "user_version", "auto_vacuum")
