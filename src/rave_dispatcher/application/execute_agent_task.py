@@ -74,7 +74,13 @@ class ExecuteAgentTask:
         self._wake.set()
 
     async def recover(self) -> int:
-        """Take back the tasks that a former process ran; how many there were."""
+        """Take back the tasks that a former process ran; how many there were.
+
+        What waits for its next attempt waits on the former process's clock. It may have been
+        ahead of ours, by years.
+        """
+        latest = self._clock.steady_ms() + self._execution.backoff.most_ms
+        await self._store.hasten(latest)
         found = await self._store.running()
         for task in found:
             await self._store.step(

@@ -176,6 +176,10 @@ class Store(Protocol):
         """Change a task in one transaction. Passes on what `change` raises."""
         ...
 
+    async def hasten(self, latest_ms: int) -> None:
+        """Have no task wait for its next attempt until later than `latest_ms`."""
+        ...
+
     async def waiting(self, now_ms: int) -> list[Waiting]:
         """The task that waits longest, of each project and priority."""
         ...

@@ -207,6 +207,11 @@ class EventStore:
 
         return await self._writer.submit(work, grows=False)
 
+    async def hasten(self, latest_ms: int) -> None:
+        """Have no task wait for its next attempt until later than `latest_ms`."""
+        sql = "UPDATE tasks SET not_before_ms = ? WHERE status = 'pending' AND not_before_ms > ?"
+        await self._writer.submit(lambda c: c.execute(sql, (latest_ms,) * 2), grows=False)
+
     async def waiting(self, now_ms: int) -> list[Waiting]:
         """The task that waits longest, of each project and priority."""
         sql = (
