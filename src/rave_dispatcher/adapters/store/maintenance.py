@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sqlite3
@@ -21,6 +22,7 @@ REST_FRAMES = 1000
 PASSES = 4
 RunInThread = Callable[..., Awaitable[Any]]
 PRUNE_ROWS = 500  # in one transaction: others get their turn between
+VACUUM_PAGES = 2000
 
 
 class Checkpointer:
@@ -33,6 +35,7 @@ class Checkpointer:
 
     def __init__(self, path: Path, writer: Writer, run_in_thread: RunInThread) -> None:
         self._path, self._writer, self._run = path, writer, run_in_thread
+        self._log = path.with_name(path.name + "-wal")
         self._seen = self._copied = 0
 
     async def look(self) -> None:
@@ -40,7 +43,9 @@ class Checkpointer:
         written, before = self._writer.written, self._seen
         self._seen = written
         waiting = written - self._copied
-        if waiting < CHECKPOINT_WORK and not (waiting and written == before):
+        # a piece of work may be a step or an event of a megabyte: so the size of the log counts too
+        large = _size(self._log) > opening.LOG_BYTES * 1.25
+        if waiting < CHECKPOINT_WORK and not (waiting and written == before) and not large:
             return
         self._copied = written
         frames, copied = await self._run(checkpoint, self._path)
@@ -56,6 +61,12 @@ class Checkpointer:
             grows=False,
             alone=True,
         )
+
+
+def _size(path: Path) -> int:
+    with contextlib.suppress(OSError):
+        return path.stat().st_size
+    return 0
 
 
 def checkpoint(path: Path) -> tuple[int, int]:
@@ -105,11 +116,16 @@ async def prune(writer: Writer, before_ms: int) -> int:
     total = 0
     while deleted := await writer.submit(lambda c: prune_some(c, before_ms), grows=False):
         total += deleted
-    if total:
-        await writer.submit(
-            lambda c: c.execute("PRAGMA incremental_vacuum").fetchall(), grows=False, alone=True
-        )
+    # in pieces, for webhooks wait meanwhile, and the log holds what is moved
+    while await writer.submit(_vacuum_some, grows=False, alone=True):
+        pass
     return total
+
+
+def _vacuum_some(c: sqlite3.Connection) -> bool:
+    # a script, for `execute` makes one step of it, which gives one page back
+    c.executescript(f"PRAGMA incremental_vacuum({VACUUM_PAGES})")
+    return bool(c.execute("PRAGMA freelist_count").fetchone()[0])
 
 
 def prune_offline(path: Path, before_ms: int) -> int:
@@ -124,7 +140,8 @@ def prune_offline(path: Path, before_ms: int) -> int:
             if not deleted:
                 break
             total += deleted
-        connection.execute("PRAGMA incremental_vacuum").fetchall()
+        while _vacuum_some(connection):
+            pass
     except sqlite3.Error as e:
         raise opening.translate(e) from None
     finally:
