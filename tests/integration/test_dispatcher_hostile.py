@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import re
+import socket
+import sqlite3
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rave_dispatcher import service
+from rave_dispatcher.adapters.systemd import Notifier
+from rave_dispatcher.application.ports import TaskFilter
+from rave_dispatcher.config import Config
+from rave_dispatcher.domain.events import Trace
+from rave_dispatcher.domain.tasks import AgentType, Status, Task
 from tests.dispatcher import Dispatcher, github, make, running
 
 RULE = {"name": "r", "agent_type": "backend-architect", "prompt": "do"}
@@ -129,3 +140,72 @@ def test_a_configuration_that_cannot_be_read(tmp_path: Path, text: str) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("rave-dispatcher: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_collector_that_never_answers_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}/v1/traces"
+        with running(tmp_path, tracing={"otlp_endpoint": endpoint}) as d:
+            for _ in range(600):  # more than a batch
+                assert d.hook().status == 202
+            assert d.stop(10) == 0  # what systemd waits for, in the machine
+
+
+def test_beyond_the_connections_the_refusal_is_a_problem(tmp_path: Path) -> None:
+    limits = {"connections": 4, "requests_per_second": 1e6, "burst": 1_000_000}
+    with running(tmp_path, limits=limits) as d, contextlib.ExitStack() as stack:
+        for _ in range(4):
+            stack.enter_context(socket.create_connection(("127.0.0.1", d.port)))
+        time.sleep(0.2)
+        answer = d.hook()
+        assert answer.status == 503
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert answer.headers["retry-after"]
+
+
+def test_a_clock_that_was_years_ahead_leaves_no_task_waiting_for_years(tmp_path: Path) -> None:
+    new = {"agent_type": "backend-architect", "prompt": "do"}
+    tasks = {"backoff_seconds": 0.2, "backoff_most_seconds": 1}
+    with running(tmp_path, tasks=tasks, agents={"backend-architect": {"command": ["false"]}}) as d:
+        task = d.api("POST", "/v1/tasks", new).json()["task_id"]
+        d.wait_for(f"/v1/tasks/{task}", lambda t: t["status"] == "failed")
+        d.kill()
+        with contextlib.closing(sqlite3.connect(d.store)) as c, c:
+            c.execute(
+                "UPDATE tasks SET status = 'pending', attempt = 1, not_before_ms = "
+                "not_before_ms + ?",
+                (5 * 365 * 86_400_000,),
+            )
+        d.start()
+        d.wait_for(f"/v1/tasks/{task}", lambda t: t["status"] == "failed")
+
+
+def test_retention_does_not_wait_for_an_hour(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that is never up for so long would keep everything for ever."""
+    monkeypatch.setattr(service, "FIRST_PRUNE_SECONDS", 0.1)
+    store = {"path": str(tmp_path / "events.db"), "retention_days": 1e-6}
+    config = {"store": store, "secrets_dir": str(tmp_path), "runner": {"kind": "unconfined"}}
+
+    async def serve() -> bool:
+        made = await service.Service.start(Config.model_validate(config), Notifier())
+        await made.store.add_task(OLD)
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            run = asyncio.create_task(made.run([listening]))
+            for _ in range(100):
+                await asyncio.sleep(0.05)
+                if gone := not (await made.store.tasks(TaskFilter(), None, 1)).items:
+                    break
+            made.stop()
+            await run
+        await made.close()
+        return gone
+
+    assert asyncio.run(serve())
+
+
+OLD = Task(
+    "t", AgentType.AI_ENGINEER, "do", 1, Trace("a" * 32, "b" * 16), status=Status.COMPLETED,
+    completed_ms=2,
+)  # fmt: skip
