@@ -68,6 +68,23 @@ def test_projects_take_turns_however_many_tasks_each_has(counts: list[int]) -> N
     assert choose([], loads, 0) is None
 
 
+def test_what_one_project_brought_long_ago_does_not_all_go_first() -> None:
+    """A brings 300 tasks of a minute; B comes a quarter of an hour later with one."""
+    minute = 60_000
+    queue = [waiting(n, "a") for n in range(300)]
+    late = waiting(1000, "b", since=15 * minute)
+    loads: dict[str, Load] = {}
+    for turn in range(300):
+        now = turn * minute
+        chosen = choose([queue[0], *([late] if now >= late.since_ms else [])], loads, now)
+        assert chosen is not None
+        if chosen is late:
+            break
+        queue.pop(0)
+        loads["a"] = Load(0, turn, ((5, now),))
+    assert now - late.since_ms <= minute
+
+
 @given(st.integers(0, MAX_PRIORITY), st.integers(0, MAX_PRIORITY))
 def test_nobody_waits_for_ever(mine: int, others: int) -> None:
     """What has waited for the longest aging is ahead of all that came just now."""
