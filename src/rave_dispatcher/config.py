@@ -229,6 +229,8 @@ def load(path: Path) -> Config:
         document = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path} cannot be read: {getattr(e, 'strerror', None) or e}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: it nests too deeply") from None
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)

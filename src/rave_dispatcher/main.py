@@ -20,6 +20,7 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import sys
 import time
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rave_dispatcher import __version__
+from rave_dispatcher.adapters.store import connection
 from rave_dispatcher.application.errors import CorruptStoreError, DispatcherError
 from rave_dispatcher.config import Config, ConfigError, load
 
@@ -52,6 +54,9 @@ def main(words: list[str] | None = None) -> int:
     except DispatcherError as e:
         print(f"rave-dispatcher: {e.detail}", file=sys.stderr)
         return EXIT_FAILED
+    except sqlite3.Error as e:
+        print(f"rave-dispatcher: the event store cannot be read: {e}", file=sys.stderr)
+        return EXIT_CORRUPT if connection.is_corrupt(e) else EXIT_FAILED
     except OSError as e:
         print(f"rave-dispatcher: {e.filename or ''} {e.strerror}".strip(), file=sys.stderr)
         return EXIT_FAILED
@@ -76,10 +81,17 @@ def _parser() -> argparse.ArgumentParser:
         if name in ("check", "export"):
             verb.add_argument("--store", type=Path, help="another file than the configured one")
         if name == "export":
-            verb.add_argument("--since", type=float, default=0, help="seconds of the epoch")
+            verb.add_argument("--since", type=_moment, default=0, help="seconds of the epoch")
         if name == "backup":
             verb.add_argument("file", type=Path)
     return parser
+
+
+def _moment(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < 1e11:  # NaN is in no order
+        raise ValueError
+    return seconds
 
 
 # --- serve -----------------------------------------------------------------------------------
@@ -159,12 +171,16 @@ def _launcher(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _existing(path: Path) -> Path:
+    if not path.is_file():  # SQLite would make one
+        raise DispatcherError(f"there is no store {path}")
+    return path
+
+
 def _check(arguments: argparse.Namespace) -> int:
     from rave_dispatcher.adapters.store import maintenance  # noqa: PLC0415
 
-    path = arguments.store or load(arguments.config).store.path
-    if not path.exists():
-        raise DispatcherError(f"there is no store {path}")
+    path = _existing(arguments.store or load(arguments.config).store.path)
     found = maintenance.describe(path)
     print(json.dumps(found))
     return 0 if found["integrity_check"] == "ok" else EXIT_CORRUPT
@@ -175,14 +191,15 @@ def _prune(arguments: argparse.Namespace) -> int:
 
     config = load(arguments.config)
     before = int((time.time() - config.store.retention_days * 86400) * 1000)
-    print(f"{maintenance.prune_offline(config.store.path, before)} rows deleted")
+    path = _existing(config.store.path)
+    print(f"{maintenance.prune_offline(path, before)} rows deleted")
     return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
     from rave_dispatcher.adapters.store import maintenance  # noqa: PLC0415
 
-    path = arguments.store or load(arguments.config).store.path
+    path = _existing(arguments.store or load(arguments.config).store.path)
     for line in maintenance.export(path, int(arguments.since * 1000)):
         print(line)
     return 0
@@ -191,7 +208,7 @@ def _export(arguments: argparse.Namespace) -> int:
 def _backup(arguments: argparse.Namespace) -> int:
     from rave_dispatcher.adapters.store import maintenance  # noqa: PLC0415
 
-    maintenance.backup(load(arguments.config).store.path, arguments.file)
+    maintenance.backup(_existing(load(arguments.config).store.path), arguments.file)
     return 0
 
 

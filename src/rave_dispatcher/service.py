@@ -11,10 +11,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import cast
 
-from opentelemetry.sdk.trace import TracerProvider
-
 from rave_dispatcher import __version__
 from rave_dispatcher.adapters.clock import SystemChance, SystemClock
+from rave_dispatcher.adapters.deadline import CpuDeadline
 from rave_dispatcher.adapters.http.api import Services, make_app, receive_webhook
 from rave_dispatcher.adapters.http.gate import App, Gate, Receive, Scope, Send
 from rave_dispatcher.adapters.http.server import Server, make_server
@@ -27,7 +26,7 @@ from rave_dispatcher.adapters.signatures import Signatures
 from rave_dispatcher.adapters.store import connection, maintenance
 from rave_dispatcher.adapters.store.sqlite import EventStore
 from rave_dispatcher.adapters.systemd import Notifier, Sockets
-from rave_dispatcher.adapters.tracing import OtelTracer, make_provider
+from rave_dispatcher.adapters.tracing import OtelTracer, Provider, make_provider
 from rave_dispatcher.application.collect_metrics import CollectMetrics
 from rave_dispatcher.application.errors import DispatcherError
 from rave_dispatcher.application.execute_agent_task import ExecuteAgentTask, Execution
@@ -37,9 +36,13 @@ from rave_dispatcher.application.process_webhook import Policy, ProcessWebhook
 from rave_dispatcher.config import Config
 
 DRAIN_SECONDS = 5  # for requests under way; tasks are ended meanwhile; all within 10 s
+# of the processor, for one event: nothing else is served meanwhile. Emulated processors take ten
+# times as long as real ones, which need 0.1 s for a payload of 1 MB and a path of `$..`.
+RULES_SECONDS = 3.0
 CHECKPOINT_SECONDS = 1.0
-PRUNE_SECONDS = 3600.0
-CHECK_SECONDS = 86_400.0
+PRUNE_SECONDS, CHECK_SECONDS = 3600.0, 86_400.0
+# a machine that somebody uses for half an hour a day needs both too
+FIRST_PRUNE_SECONDS, FIRST_CHECK_SECONDS = 60.0, 900.0
 IDLE_SECONDS = 1.0
 CONSOLE_CONNECTIONS = 64  # pages that are open at once
 
@@ -58,7 +61,7 @@ class Service:
     config: Config
     notifier: Notifier
     store: EventStore
-    provider: TracerProvider
+    provider: Provider
     metrics: Metrics
     secrets: SecretFiles
     log: JsonLog
@@ -91,6 +94,7 @@ class Service:
                 tuple(r.rule() for r in config.rules), config.limits.depth,
                 config.tasks.max_attempts,
             ),
+            CpuDeadline(RULES_SECONDS),
         )  # fmt: skip
         self.executor = ExecuteAgentTask(
             self.store, make_runner(config), self.clock, chance, tracer, self.metrics, self.log,
@@ -163,8 +167,8 @@ class Service:
             "rules": self._rules(),
             "watchdog": self._watch(),
             "checkpoints": self._every(CHECKPOINT_SECONDS, self._checkpoint),
-            "retention": self._every(PRUNE_SECONDS, self._prune),
-            "integrity": self._every(CHECK_SECONDS, self._check),
+            "retention": self._every(PRUNE_SECONDS, self._prune, FIRST_PRUNE_SECONDS),
+            "integrity": self._every(CHECK_SECONDS, self._check, FIRST_CHECK_SECONDS),
         }
         parts = [asyncio.create_task(part, name=name) for name, part in work.items()]
         serving = [asyncio.create_task(self.server.serve(sockets.api))]
@@ -191,8 +195,7 @@ class Service:
     async def close(self) -> None:
         """Let nothing be lost: spans, then the store."""
         self.log.info("ended")
-        await asyncio.to_thread(self.provider.force_flush, 1000)
-        await asyncio.to_thread(self.provider.shutdown)
+        await asyncio.to_thread(self.provider.finish)
         await self.store.close()
 
     async def _say_ready(self) -> None:
@@ -227,22 +230,27 @@ class Service:
             self.notifier.say("WATCHDOG=1")
             await asyncio.sleep(seconds / 3)
 
-    async def _every(self, seconds: float, work: Callable[[], Awaitable[None]]) -> None:
+    async def _every(
+        self, seconds: float, work: Callable[[], Awaitable[None]], first: float | None = None
+    ) -> None:
+        await asyncio.sleep(seconds if first is None else first)
         while True:
-            await asyncio.sleep(seconds)
             try:
                 await work()
             except Exception as e:  # it comes again, and must not end the service
                 self.log.error(
                     "maintenance failed", part=getattr(work, "__name__", ""), error=where(e)
                 )
+            await asyncio.sleep(seconds)
 
     async def _checkpoint(self) -> None:
         await self.checkpointer.look()
         self.metrics.corrupt.set(1 if self.store.writer.corrupt else 0)
 
     async def _prune(self) -> None:
-        before = self.clock.wall_ms() - int(self.config.store.retention_days * 86_400_000)
+        # somebody who sets the clock ahead must not have all deleted
+        now = min(self.clock.wall_ms(), self.clock.steady_ms())
+        before = now - int(self.config.store.retention_days * 86_400_000)
         deleted = await maintenance.prune(self.store.writer, before)
         self.log.info("old events were deleted", rows=deleted)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from benchmarks.dispatcher import crash, load
 
+from rave_dispatcher.adapters.store import connection as opening
 from rave_dispatcher.adapters.store import maintenance, schema
 from rave_dispatcher.adapters.store.sqlite import EventStore
 from rave_dispatcher.domain.events import Event, Trace
@@ -340,3 +341,53 @@ def test_the_log_begins_anew_under_a_load_that_never_pauses(
 
     asyncio.run(load_and_look())
     assert len(crash.stored_ids(path)) == 4000
+
+
+def test_retention_gives_the_space_back_and_the_log_stays_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "LOG_BYTES", 4_000_000)
+    monkeypatch.setattr(maintenance, "RESTART_FRAMES", 1000)
+    path = tmp_path / "events.db"
+    trace = Trace("a" * 32, "b" * 16)
+
+    def event(n: int) -> Event:
+        return Event(str(n), "x", str(n), "t", "p", n, b"z" * 8000, "s", trace)
+
+    async def fill_and_prune() -> int:
+        store = await EventStore.open(path, 0)
+        for start in range(0, 10_000, 200):
+            await asyncio.gather(*(store.add_event(event(start + n)) for n in range(200)))
+        await store.writer.submit(
+            lambda c: c.execute("UPDATE events SET processed = 1"), grows=False
+        )
+        await asyncio.to_thread(maintenance.checkpoint, path)
+        assert path.stat().st_size > 80_000_000
+        checkpointer = maintenance.Checkpointer(path, store.writer, asyncio.to_thread)
+        pruning = asyncio.create_task(maintenance.prune(store.writer, 2**40))
+        while not pruning.done():
+            await checkpointer.look()
+            await asyncio.sleep(0.02)
+        assert await pruning == 10_000
+        log = path.with_name("events.db-wal").stat().st_size
+        await store.close()
+        return log
+
+    # it held 80 MB before
+    assert asyncio.run(fill_and_prune()) < 20_000_000
+    assert path.stat().st_size < 1_000_000
+
+
+def test_a_group_that_fails_in_an_unforeseen_way_leaves_nobody_waiting(tmp_path: Path) -> None:
+    trace = Trace("a" * 32, "b" * 16)
+
+    async def two() -> None:
+        store = await EventStore.open(tmp_path / "events.db", 0)
+        async with asyncio.timeout(5):
+            with pytest.raises(OverflowError):
+                await store.add_event(Event("1", "x", "1", "t", "p", 2**70, b"{}", "s", trace))
+            await store.add_event(Event("2", "x", "2", "t", "p", 2, b"{}", "s", trace))
+        await store.close()
+
+    asyncio.run(two())
+    assert crash.stored_ids(tmp_path / "events.db") == {"2"}

@@ -34,6 +34,8 @@ properties = dict(w.split("=", 2)[1:] for w in words[:at] if w.startswith("--pro
 environment = dict(w.split("=", 2)[1:] for w in words[:at] if w.startswith("--setenv="))
 state = os.path.join(os.environ["FAKE_SYSTEMD"], options["unit"])
 path = lambda name: properties[name].removeprefix("file:")
+if os.path.exists(state):
+    sys.exit("Unit was already loaded")
 if os.fork():
     while not os.path.exists(state):
         time.sleep(0.01)
@@ -58,14 +60,17 @@ say(ActiveState="active" if code == 0 else "failed", SubState="exited" if code =
     ExecMainExitTimestampMonotonic=5000, Pid=os.getpid())
 """
 FAKE_CTL = """#!/usr/bin/env python3
-import os, signal, sys
+import os, signal, sys, time
 state = os.path.join(os.environ["FAKE_SYSTEMD"], sys.argv[2])
 text = open(state).read() if os.path.exists(state) else "ActiveState=inactive\\nSubState=dead\\n"
 if sys.argv[1] == "show":
     print(text, end="")
+elif sys.argv[1] == "reset-failed" and os.path.exists(state):
+    os.remove(state)
 elif sys.argv[1] == "stop" and "Pid=" in text:
     pid = int(text.split("Pid=")[1].split()[0])
     open(state + ".stopped", "w").close()
+    time.sleep(float(os.environ.get("FAKE_STOP_SECONDS", 0)))
     try:
         os.killpg(pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -201,3 +206,35 @@ def test_without_a_launcher_a_task_is_not_started(tmp_path: Path) -> None:
     assert ran is not None
     assert ran.outcome is Outcome.NOT_STARTED
     assert "cannot be reached" in ran.detail
+
+
+def test_the_next_attempt_waits_until_the_former_is_gone(
+    listening: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restart of the dispatcher hangs up and begins anew at once; units take a while to stop."""
+    monkeypatch.setenv("FAKE_STOP_SECONDS", "1.5")
+    run(listening, AgentType.AI_ENGINEER, cancel_at=b"begun")
+    ran, output = run(listening, AgentType.BACKEND_ARCHITECT, "again")
+    assert ran is not None
+    assert (ran.outcome, ran.detail) == (Outcome.SUCCEEDED, "")
+    assert output.startswith(b"again\n")
+    end = time.monotonic() + 10
+    while list(launcher.RUN.iterdir()):  # nothing stays
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("name", ["tasks", f"tasks/{TASK}"])
+def test_root_follows_no_link_of_an_agents(listening: Path, name: str) -> None:
+    outside = listening.parent / "outside"
+    outside.mkdir()
+    before = outside.stat()
+    link = listening.parent / "home" / name
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(outside)
+    ran, _ = run(listening, AgentType.BACKEND_ARCHITECT, "x")
+    assert ran is not None
+    assert ran.outcome is Outcome.NOT_STARTED
+    assert ran.detail == "the task's folder is no folder"
+    assert list(outside.iterdir()) == []
+    assert outside.stat().st_uid == before.st_uid

@@ -602,7 +602,7 @@ def test_an_end_that_cannot_be_kept_is_tried_again_after_the_lease(
 def test_many_projects_are_forgotten_when_idle(tmp_path: Path) -> None:
     async def story(w: World) -> None:
         for i in range(1500):
-            w.executor._count(f"p{i}", 1, i)
+            w.executor._count(f"p{i}", 1)
             if i != 3:
                 w.executor._count(f"p{i}", -1)
         assert len(w.executor._loads) <= 1000

@@ -15,7 +15,14 @@ from rave_dispatcher.domain.events import NO_PROJECT, project_of, too_deep, type
 from rave_dispatcher.domain.ids import make_uuid
 from rave_dispatcher.domain.metrics import MAX_LABELS, Metric, fault_of
 from rave_dispatcher.domain.queue import AGED_MOST, AGING_MS, Load, Waiting, choose
-from rave_dispatcher.domain.rules import Condition, Rule, RuleError, concerned, first_match
+from rave_dispatcher.domain.rules import (
+    MAX_PROMPT,
+    Condition,
+    Rule,
+    RuleError,
+    concerned,
+    first_match,
+)
 from rave_dispatcher.domain.tasks import MAX_PRIORITY, AgentType
 
 # --- queue -----------------------------------------------------------------------------------
@@ -59,6 +66,23 @@ def test_projects_take_turns_however_many_tasks_each_has(counts: list[int]) -> N
         still = [served[p] for p, q in queues.items() if q]
         assert not still or max(still) - min(still) <= 1
     assert choose([], loads, 0) is None
+
+
+def test_what_one_project_brought_long_ago_does_not_all_go_first() -> None:
+    """A brings 300 tasks of a minute; B comes a quarter of an hour later with one."""
+    minute = 60_000
+    queue = [waiting(n, "a") for n in range(300)]
+    late = waiting(1000, "b", since=15 * minute)
+    loads: dict[str, Load] = {}
+    for turn in range(300):
+        now = turn * minute
+        chosen = choose([queue[0], *([late] if now >= late.since_ms else [])], loads, now)
+        assert chosen is not None
+        if chosen is late:
+            break
+        queue.pop(0)
+        loads["a"] = Load(0, turn, ((5, now),))
+    assert now - late.since_ms <= minute
 
 
 @given(st.integers(0, MAX_PRIORITY), st.integers(0, MAX_PRIORITY))
@@ -129,6 +153,23 @@ def test_a_rule_that_cannot_work_is_refused(make_it: Any, words: str) -> None:
 def test_a_prompt_takes_what_the_payload_has() -> None:
     prompt = "{{ $.object_attributes.title }} #{{$..iid}} ({{ $..labels[*] }}){{ $.no }}"
     assert make(prompt=prompt).render(PAYLOAD) == "Fix #7 (a, b)"
+
+
+def test_a_prompt_takes_no_more_of_a_payload_than_fits() -> None:
+    rule = Rule("r", AgentType.AI_ENGINEER, "{{ $..* }}")
+    seen = []
+
+    class Many(dict[str, Any]):
+        def values(self) -> Any:  # counts how far the rule looks
+            for n in range(10**6):
+                seen.append(n)
+                yield "x" * 1000
+
+        def items(self) -> Any:
+            return ((str(n), v) for n, v in enumerate(self.values()))
+
+    assert len(rule.render(Many(a=1))) == MAX_PROMPT
+    assert len(seen) < 200
 
 
 def test_what_the_payload_says_is_no_template() -> None:

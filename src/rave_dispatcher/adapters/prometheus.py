@@ -79,6 +79,9 @@ class Metrics:
         self._processed = Counter(
             f"{ns}_events_processed", "Events that the rules saw", ["became_task"], registry=r
         )
+        self._rules_failed = Counter(
+            f"{ns}_rules_failed", "Events that the rules failed on: no task", registry=r
+        )
         self._attempts = Counter(
             f"{ns}_task_attempts", "Attempts at tasks", ["agent_type", "outcome"], registry=r
         )
@@ -149,6 +152,10 @@ class Metrics:
         """The rules saw an event."""
         self._processed.labels(str(became_task).lower()).inc()
         self._latency.observe(seconds, {"trace_id": trace_id})
+
+    def rules_failed(self) -> None:
+        """The rules failed on an event, or took too long."""
+        self._rules_failed.inc()
 
     def task_ended(self, agent_type: str, outcome: str, seconds: float, trace_id: str) -> None:
         """An attempt at a task ended."""

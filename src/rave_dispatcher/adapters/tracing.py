@@ -23,6 +23,8 @@ from rave_dispatcher.adapters.logs import current_trace
 from rave_dispatcher.adapters.store.sqlite import SpanRow
 from rave_dispatcher.domain.events import Trace
 
+COLLECTOR_SECONDS = 3.0  # to take some spans, with all that is tried again
+LAST_SPANS_SECONDS = 1.0
 _PROPAGATOR = TraceContextTextMapPropagator()
 
 
@@ -66,12 +68,46 @@ def _row(span: ReadableSpan) -> SpanRow:
     )
 
 
-def make_provider(
-    post: Callable[[Sequence[SpanRow]], None], otlp_endpoint: str | None
-) -> TracerProvider:
+class _UntilTheEnd(SpanExporter):
+    """Hands spans to another exporter, but once the end has come only for a moment more: what
+    waits for a collector that does not answer must not hold up the service's end."""
+
+    def __init__(self, exporter: SpanExporter) -> None:
+        self._exporter = exporter
+        self._end: float | None = None
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        """Called by OpenTelemetry's own thread."""
+        if self._end is not None and time.monotonic() > self._end:
+            return SpanExportResult.FAILURE
+        return self._exporter.export(spans)
+
+    def end(self) -> None:
+        """Begin to end."""
+        self._end = time.monotonic() + LAST_SPANS_SECONDS
+
+    def shutdown(self) -> None:
+        """End."""
+        self._exporter.shutdown()
+
+
+class Provider(TracerProvider):
+    """OpenTelemetry's, which ends in time."""
+
+    collector: _UntilTheEnd | None = None
+
+    def finish(self) -> None:
+        """Hand over what is left, and end; takes COLLECTOR_SECONDS more or less."""
+        if self.collector is not None:
+            self.collector.end()
+        self.force_flush()
+        self.shutdown()
+
+
+def make_provider(post: Callable[[Sequence[SpanRow]], None], otlp_endpoint: str | None) -> Provider:
     """Spans go to `post`, and to a collector if there is one."""
     resource = Resource({"service.name": "rave-dispatcher", "service.version": __version__})
-    provider = TracerProvider(
+    provider = Provider(
         resource=resource, sampler=ALWAYS_ON, id_generator=TimeOrderedIdGenerator(),
         shutdown_on_exit=False,
     )  # fmt: skip
@@ -89,7 +125,10 @@ def make_provider(
             OTLPSpanExporter,
         )
 
-        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(otlp_endpoint)))
+        provider.collector = _UntilTheEnd(
+            OTLPSpanExporter(otlp_endpoint, timeout=COLLECTOR_SECONDS)
+        )
+        provider.add_span_processor(BatchSpanProcessor(provider.collector))
     return provider
 
 

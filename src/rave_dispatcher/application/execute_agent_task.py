@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rave_dispatcher.application.errors import DispatcherError, NotFoundError
 from rave_dispatcher.application.ports import (
@@ -74,7 +74,13 @@ class ExecuteAgentTask:
         self._wake.set()
 
     async def recover(self) -> int:
-        """Take back the tasks that a former process ran; how many there were."""
+        """Take back the tasks that a former process ran; how many there were.
+
+        What waits for its next attempt waits on the former process's clock. It may have been
+        ahead of ours, by years.
+        """
+        latest = self._clock.steady_ms() + self._execution.backoff.most_ms
+        await self._store.hasten(latest)
         found = await self._store.running()
         for task in found:
             await self._store.step(
@@ -123,13 +129,18 @@ class ExecuteAgentTask:
             except (IllegalStepError, NotFoundError):  # cancelled meanwhile
                 return None
             self._turn += 1
-            self._count(task.project, 1, self._turn)
+            self._count(task.project, 1)
+            self._had_turn(task, now)
             return task
 
-    def _count(self, project: str, change: int, turn: int | None = None) -> None:
+    def _had_turn(self, task: Task, now: int) -> None:
+        load = self._loads[task.project]
+        served = tuple({**dict(load.served_ms), task.priority: now}.items())
+        self._loads[task.project] = replace(load, last_turn=self._turn, served_ms=served)
+
+    def _count(self, project: str, change: int) -> None:
         load = self._loads.get(project, Load())
-        last = load.last_turn if turn is None else turn
-        self._loads[project] = Load(load.running + change, last)
+        self._loads[project] = replace(load, running=load.running + change)
         if len(self._loads) > 1000:  # idle projects that had their turn long ago
             rows = sorted(self._loads.items(), key=lambda r: (-r[1].running, -r[1].last_turn))
             self._loads = dict(rows[:500])

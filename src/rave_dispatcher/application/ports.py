@@ -176,6 +176,10 @@ class Store(Protocol):
         """Change a task in one transaction. Passes on what `change` raises."""
         ...
 
+    async def hasten(self, latest_ms: int) -> None:
+        """Have no task wait for its next attempt until later than `latest_ms`."""
+        ...
+
     async def waiting(self, now_ms: int) -> list[Waiting]:
         """The task that waits longest, of each project and priority."""
         ...
@@ -274,6 +278,10 @@ class Observer(Protocol):
 
     def processed(self, seconds: float, became_task: bool, trace_id: str) -> None:
         """The rules saw an event, so long after it came."""
+        ...
+
+    def rules_failed(self) -> None:
+        """The rules failed on an event, or took too long; it becomes no task."""
         ...
 
     def task_ended(self, agent_type: str, outcome: str, seconds: float, trace_id: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,11 +55,12 @@ class ProcessWebhook:
         observer: Observer,
         log: Log,
         policy: Policy,
+        bounded: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         self._store, self._verifier = store, verifier
         self._clock, self._chance = clock, chance
         self._tracer, self._observer, self._log = tracer, observer, log
-        self._policy = policy
+        self._policy, self._bounded = policy, bounded
 
     async def receive(
         self, source: str, headers: Mapping[str, str], body: bytes, trace: Trace
@@ -134,9 +137,12 @@ class ProcessWebhook:
     async def _task(self, incoming: Incoming, rules: Sequence[Rule], trace: Trace) -> Task | None:
         payload = from_json(await self._store.payload(incoming.event_uuid))
         try:
-            rule = first_match(rules, payload)
-            prompt = rule.render(payload) if rule else ""
+            # payloads are written by others: one must not stop all that comes after it
+            with self._bounded():
+                rule = first_match(rules, payload)
+                prompt = rule.render(payload) if rule else ""
         except Exception as e:  # a rule must not hold up the events behind this one
+            self._observer.rules_failed()
             self._log.error(
                 "the rules failed on an event; it becomes no task",
                 event_uuid=incoming.event_uuid, error=type(e).__name__,

@@ -7,10 +7,11 @@ stands for what the payload has there.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ from rave_dispatcher.domain.tasks import DEFAULT_PRIORITY, AgentType
 MAX_PROMPT = 64 * 1024
 MAX_NAME = 80
 _PLACE = re.compile(r"\{\{\s*(\$.*?)\s*\}\}", re.S)
+_NOTHING = object()
 
 
 class RuleError(ValueError):
@@ -48,19 +50,19 @@ class Condition:
         if self.matches is not None:
             try:
                 re.compile(self.matches)
-            except re.error as e:
+            except (re.error, OverflowError, RecursionError) as e:
                 raise RuleError(f"condition on {self.path}: {self.matches!r}: {e}") from None
 
     def holds(self, payload: Any) -> bool:
         """Whether the payload is as the condition says."""
-        found = find(self.path, payload)
+        found = values(self.path, payload)
         if self.has_equals:
             ok = any(_same(value, self.equals) for value in found)
         elif self.matches is not None:
             pattern = re.compile(self.matches)
             ok = any(isinstance(v, str) and pattern.search(v[:MAX_PROMPT]) for v in found)
         else:
-            ok = bool(found)
+            ok = next(found, _NOTHING) is not _NOTHING
         return ok is not self.negate
 
 
@@ -94,7 +96,7 @@ class Rule:
 
     def render(self, payload: Any) -> str:
         """The prompt for an event."""
-        text = _PLACE.sub(lambda m: _text(find(m[1], payload)), self.prompt)
+        text = _PLACE.sub(lambda m: _text(values(m[1], payload)), self.prompt)
         return text[:MAX_PROMPT]
 
 
@@ -114,14 +116,18 @@ def compile_path(path: str) -> None:
         _compiled(path)
     except jsonpath.JSONPathError as e:
         raise RuleError(f"{path!r} is not a JSONPath: {str(e).splitlines()[0]}") from None
+    except (OverflowError, RecursionError) as e:
+        raise RuleError(f"{path!r} is more than can be read: {e}") from None
 
 
-def find(path: str, payload: Any) -> list[Any]:
-    """All values at a place of a payload; none for a filter that does not suit the payload."""
-    try:
-        return list(_compiled(path).findall(payload))
-    except (jsonpath.JSONPathError, RecursionError):
-        return []
+def values(path: str, payload: Any) -> Iterator[Any]:
+    """The values at a place of a payload; none for a filter that does not suit the payload.
+
+    One after the other: a sender can write a payload that has millions of them.
+    """
+    with contextlib.suppress(jsonpath.JSONPathError, RecursionError):
+        for match in _compiled(path).finditer(payload):
+            yield match.obj
 
 
 _cache: dict[str, Any] = {}
@@ -143,6 +149,12 @@ def _same(value: Any, wanted: Any) -> bool:
     return isinstance(value, bool) == isinstance(wanted, bool) and bool(value == wanted)
 
 
-def _text(values: list[Any]) -> str:
-    parts = [v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values]
+def _text(found: Iterable[Any]) -> str:
+    parts: list[str] = []
+    size = 0
+    for v in found:
+        parts.append(v if isinstance(v, str) else json.dumps(v, ensure_ascii=False))
+        size += len(parts[-1])
+        if size > MAX_PROMPT:  # what follows is cut off anyway
+            break
     return ", ".join(parts)

@@ -209,32 +209,44 @@ def alert_identity(body: bytes) -> Verified:
     return Verified(digest, f"alert.{status}", "bearer")
 
 
+def _json(text: bytes, status: int = 200) -> Response:
+    return Response(text, status, media_type="application/json")
+
+
 def _events(services: Services) -> APIRouter:
     router = APIRouter(tags=["events"])
 
-    @router.get("/events")
+    @router.get("/events", response_model=contract.Page[contract.WebhookEvent])
     async def events(
         source: Text = None,
         event_type: Text = None,
         processed: bool | None = None,
         cursor: Cursor = None,
         limit: Limit = 50,
-    ) -> contract.Page[contract.WebhookEvent]:
-        """Events, the newest first."""
+    ) -> Response:
+        """Events, the newest first; fewer than `limit` when their payloads are large."""
         which = EventFilter(source, event_type, processed)
         page = await services.tasks.list_events(which, cursor, limit)
-        items = [contract.event_out(e) for e in page.items]
-        return contract.Page(items=items, next_cursor=page.next_cursor)
+        items = [contract.event_json(e) for e in page.items]
+        return _json(contract.page_json(items, page.next_cursor))
 
-    @router.get("/events/{event_uuid}", responses=_problem(404))
-    async def event(event_uuid: str) -> contract.WebhookEvent:
+    @router.get(
+        "/events/{event_uuid}", response_model=contract.WebhookEvent, responses=_problem(404)
+    )
+    async def event(event_uuid: str) -> Response:
         """One event."""
-        return contract.event_out(await services.tasks.show_event(event_uuid))
+        return _json(contract.event_json(await services.tasks.show_event(event_uuid)))
 
-    @router.post("/events/{event_uuid}/replay", status_code=202, responses=_problem(404))
-    async def replay_event(event_uuid: str) -> contract.WebhookEvent:
+    @router.post(
+        "/events/{event_uuid}/replay",
+        status_code=202,
+        response_model=contract.WebhookEvent,
+        responses=_problem(404),
+    )
+    async def replay_event(event_uuid: str) -> Response:
         """Have the rules see an event once more; a match becomes a new task."""
-        return contract.event_out(await services.tasks.replay_event(event_uuid))
+        found = await services.tasks.replay_event(event_uuid)
+        return _json(contract.event_json(found), 202)
 
     return router
 

@@ -179,7 +179,9 @@ class Gate:
         method = scope["method"] if scope["method"] in _METHODS else "other"
         trace_id = span.trace.trace_id if span else ""
         self._metrics.answered(method, route, status, seconds, trace_id)
-        if span:
+        # a span that does not end is not kept. Anybody may be refused, as often as they like: kept,
+        # that would fill the disk until there is no room for who may
+        if span and not 400 <= status < 500:
             span.rename(f"{method} {route}")
             span.set("http.response.status_code", status)
             if status >= 500:

@@ -11,6 +11,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from rave_dispatcher.adapters.http import problems
+from rave_dispatcher.application.errors import UnavailableError
 from rave_dispatcher.config import Limits
 
 ON_ITS_WAY_SECONDS = 0.5
@@ -50,6 +51,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._forget()
+        if len(self.connections) > self.limits.connections:
+            self.app = _too_many
+            self._draining = True
         super().on_headers_complete()
         if self._draining:
             self.cycle.keep_alive = False
@@ -106,6 +110,11 @@ class BoundedProtocol(HttpToolsProtocol):
             self._slow = None
 
 
+async def _too_many(scope: Any, receive: Any, send: Any) -> None:
+    refusal = UnavailableError("there are too many connections", {"Connection": "close"})
+    await problems.of_error(refusal)(scope, receive, send)
+
+
 class Server(uvicorn.Server):
     """Leaves the signals to us: what ends the process decides in which order things end."""
 
@@ -130,7 +139,6 @@ def make_server(app: Any, limits: Limits, drain_seconds: int) -> Server:
             date_header=False,
             proxy_headers=False,
             timeout_keep_alive=75,
-            limit_concurrency=limits.connections,
             timeout_graceful_shutdown=drain_seconds,
         )
     )

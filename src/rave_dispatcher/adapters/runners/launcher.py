@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import pwd
@@ -17,10 +18,12 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from rave_dispatcher.adapters.runners import frames
 from rave_dispatcher.adapters.runners.unit import (
+    STOP_SECONDS,
     Order,
     is_over,
     parse_show,
@@ -38,6 +41,7 @@ ORDER_SECONDS = 10.0
 SLOW_SECONDS = 120.0  # a dispatcher that takes no output for so long is stuck
 POLL_SECONDS = 0.25
 COMMAND_SECONDS = 30.0
+FORMER_SECONDS = 2.0 * STOP_SECONDS
 
 
 class RefusedError(Exception):
@@ -95,7 +99,8 @@ def serve(connection: socket.socket, config: Config) -> None:
     try:
         order, prompt = read_order(connection)
         agent = find_agent(config, order)
-        outcome, detail, usage = _carry_out(connection, config, order, agent, prompt)
+        with _alone(order.task_id):
+            outcome, detail, usage = _carry_out(connection, config, order, agent, prompt)
     except HungUpError:
         return
     except (RefusedError, subprocess.TimeoutExpired) as e:
@@ -113,8 +118,10 @@ def _carry_out(
 ) -> tuple[Outcome, str, Usage]:
     folder = RUN / order.task_id
     workdir = config.runner.home / "tasks" / order.task_id
+    if folder.exists():  # of a launcher that was killed: its unit may run on
+        _end(order.unit)
     try:
-        _prepare(folder, workdir, config.runner.user, prompt)
+        _prepare(folder, config.runner.home, order.task_id, config.runner.user, prompt)
         # opened for both, so that it has a reader before the unit opens it, and no end between
         fifo = os.open(folder / "output", os.O_RDWR | os.O_NONBLOCK)
         try:
@@ -140,17 +147,62 @@ def _carry_out(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _prepare(folder: Path, workdir: Path, user: str, prompt: bytes) -> None:
+@contextlib.contextmanager
+def _alone(task_id: str) -> Iterator[None]:
+    """Wait until a former attempt's launcher is done: it stops the unit and removes the files that
+    have the same names as ours."""
+    RUN.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = RUN / f"{task_id}.lock"
+    end = time.monotonic() + FORMER_SECONDS
+    while True:
+        with path.open("w") as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise RefusedError("the former attempt does not end") from None
+                time.sleep(0.05)
+                continue
+            if os.fstat(f.fileno()).st_nlink == 0:  # removed by who had it before us
+                continue
+            try:
+                yield
+            finally:
+                path.unlink()
+            return
+
+
+def _prepare(folder: Path, home: Path, task_id: str, user: str, prompt: bytes) -> None:
     who = pwd.getpwnam(user)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700, parents=True)
-    # a former attempt's: agents may go on with what they have
-    for path in (workdir.parent, workdir):
-        with contextlib.suppress(FileExistsError):
-            path.mkdir(mode=0o700)
-            os.chown(path, who.pw_uid, who.pw_gid)
+    _make_workdir(home, task_id, who)
     (folder / "prompt").write_bytes(prompt)
     os.mkfifo(folder / "output", 0o600)
+
+
+def _make_workdir(home: Path, task_id: str, who: pwd.struct_passwd) -> None:
+    """The task's folder, or a former attempt's: agents may go on with what they have.
+
+    All above it is the agent's, who may put a link where a folder was: root follows none.
+    """
+    at = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        for name in ("tasks", task_id):
+            made = False
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(name, 0o700, dir_fd=at)
+                made = True
+            try:
+                below = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
+            except OSError:
+                raise RefusedError("the task's folder is no folder") from None
+            os.close(at)
+            at = below
+            if made:
+                os.fchown(at, who.pw_uid, who.pw_gid)
+    finally:
+        os.close(at)
 
 
 def _follow(connection: socket.socket, fifo: int, unit: str) -> dict[str, str]:

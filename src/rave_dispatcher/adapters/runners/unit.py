@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rave_dispatcher.config import Agent
 from rave_dispatcher.domain.rules import MAX_NAME
-from rave_dispatcher.domain.tasks import Outcome, Usage
+from rave_dispatcher.domain.tasks import AgentType, Outcome, Usage
 
 _ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-0[01]")
@@ -55,6 +55,8 @@ class Order:
         """What is wrong with it, or None."""
         if not _ID.fullmatch(self.task_id):
             return "task_id is no UUID"
+        if self.agent_type not in set(AgentType):
+            return "agent_type is none"
         if not 0 < self.attempt <= 1000:
             return "attempt is out of range"
         if not _TRACEPARENT.fullmatch(self.traceparent):

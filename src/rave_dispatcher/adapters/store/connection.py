@@ -16,6 +16,7 @@ from rave_dispatcher.application.errors import (
     StoreError,
 )
 
+LOG_BYTES = 100 * 2**20
 CHECK_SECONDS = 0.5  # of the start; what takes longer goes on beside the work
 _CORRUPT = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 RESTORE = (
@@ -33,6 +34,7 @@ def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
     connection.execute("PRAGMA trusted_schema = OFF")
     connection.execute("PRAGMA cell_size_check = ON")
     connection.execute("PRAGMA cache_size = -4096")
+    connection.execute("PRAGMA synchronous = FULL")
     if read_only:
         connection.execute("PRAGMA query_only = ON")
         return connection
@@ -42,7 +44,8 @@ def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
     mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
     if mode != "wal":
         raise StoreError(f"the store's journal mode is {mode}: its file system cannot do WAL")
-    connection.execute("PRAGMA synchronous = FULL")
+    # a log that grew is cut to this when it begins anew
+    connection.execute(f"PRAGMA journal_size_limit = {LOG_BYTES}")
     connection.execute("PRAGMA wal_autocheckpoint = 0")  # maintenance does it beside the commits
     return connection
 

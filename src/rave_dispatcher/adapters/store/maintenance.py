@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sqlite3
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from rave_dispatcher.adapters.store import connection as opening
+from rave_dispatcher.adapters.store import schema
 from rave_dispatcher.adapters.store.rows import EVENT_COLUMNS, TASK_COLUMNS, event_of, task_of
 from rave_dispatcher.adapters.store.writer import Writer
+from rave_dispatcher.application.errors import CorruptStoreError
 
 CHECKPOINT_WORK = 4000  # events or steps, some 30 MB of log
 RESTART_FRAMES = 25_000  # pages: 100 MB of log
@@ -19,6 +22,7 @@ REST_FRAMES = 1000
 PASSES = 4
 RunInThread = Callable[..., Awaitable[Any]]
 PRUNE_ROWS = 500  # in one transaction: others get their turn between
+VACUUM_PAGES = 2000
 
 
 class Checkpointer:
@@ -31,6 +35,7 @@ class Checkpointer:
 
     def __init__(self, path: Path, writer: Writer, run_in_thread: RunInThread) -> None:
         self._path, self._writer, self._run = path, writer, run_in_thread
+        self._log = path.with_name(path.name + "-wal")
         self._seen = self._copied = 0
 
     async def look(self) -> None:
@@ -38,7 +43,9 @@ class Checkpointer:
         written, before = self._writer.written, self._seen
         self._seen = written
         waiting = written - self._copied
-        if waiting < CHECKPOINT_WORK and not (waiting and written == before):
+        # a piece of work may be a step or an event of a megabyte: so the size of the log counts too
+        large = _size(self._log) > opening.LOG_BYTES * 1.25
+        if waiting < CHECKPOINT_WORK and not (waiting and written == before) and not large:
             return
         self._copied = written
         frames, copied = await self._run(checkpoint, self._path)
@@ -54,6 +61,12 @@ class Checkpointer:
             grows=False,
             alone=True,
         )
+
+
+def _size(path: Path) -> int:
+    with contextlib.suppress(OSError):
+        return path.stat().st_size
+    return 0
 
 
 def checkpoint(path: Path) -> tuple[int, int]:
@@ -103,11 +116,16 @@ async def prune(writer: Writer, before_ms: int) -> int:
     total = 0
     while deleted := await writer.submit(lambda c: prune_some(c, before_ms), grows=False):
         total += deleted
-    if total:
-        await writer.submit(
-            lambda c: c.execute("PRAGMA incremental_vacuum").fetchall(), grows=False, alone=True
-        )
+    # in pieces, for webhooks wait meanwhile, and the log holds what is moved
+    while await writer.submit(_vacuum_some, grows=False, alone=True):
+        pass
     return total
+
+
+def _vacuum_some(c: sqlite3.Connection) -> bool:
+    # a script, for `execute` makes one step of it, which gives one page back
+    c.executescript(f"PRAGMA incremental_vacuum({VACUUM_PAGES})")
+    return bool(c.execute("PRAGMA freelist_count").fetchone()[0])
 
 
 def prune_offline(path: Path, before_ms: int) -> int:
@@ -122,7 +140,8 @@ def prune_offline(path: Path, before_ms: int) -> int:
             if not deleted:
                 break
             total += deleted
-        connection.execute("PRAGMA incremental_vacuum").fetchall()
+        while _vacuum_some(connection):
+            pass
     except sqlite3.Error as e:
         raise opening.translate(e) from None
     finally:
@@ -144,9 +163,14 @@ def check_all(path: Path) -> str | None:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """The store's settings and whether it is sound, for `ravectl verify`."""
-    connection = opening.connect(path)
+    """The store's settings and whether it is sound, for `ravectl verify`; changes nothing.
+
+    Raises CorruptStoreError for what is no event store, an empty file among it.
+    """
+    connection = opening.connect(path, read_only=True)
     try:
+        if connection.execute("PRAGMA application_id").fetchone()[0] != schema.APPLICATION_ID:
+            raise CorruptStoreError(f"{path} is no event store of the dispatcher")
         pragmas = {
             name: connection.execute(f"PRAGMA {name}").fetchone()[0]
             for name in ("journal_mode", "synchronous", "user_version", "auto_vacuum")

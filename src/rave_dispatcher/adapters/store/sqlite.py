@@ -7,7 +7,7 @@ import contextlib
 import json
 import sqlite3
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,7 @@ from rave_dispatcher.domain.tasks import Task
 
 T = TypeVar("T")
 LOG_PIECE = 64 * 1024
+PAGE_BYTES = 4 * 2**20  # of a list: what senders wrote must not fill the memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,8 +194,9 @@ class EventStore:
         where = "".join(f" AND {k} = ?" for k in wanted)
         sql = f"{select} WHERE seq < ?{where} ORDER BY seq DESC LIMIT ?"
         values = (seq_of(cursor), *wanted.values(), limit + 1)
-        rows = await self._read(lambda c: c.execute(sql, values).fetchall())
-        return rows[:limit], len(rows) > limit
+        rows = await self._read(lambda c: _at_most(c.execute(sql, values), PAGE_BYTES))
+        more = len(rows) > limit or rows[-1:] == [()]
+        return [r for r in rows[:limit] if r], more
 
     async def step(self, task_id: str, change: Callable[[Task], Task]) -> Task:
         """Change a task in one transaction. Passes on what `change` raises."""
@@ -205,6 +207,11 @@ class EventStore:
             return changed
 
         return await self._writer.submit(work, grows=False)
+
+    async def hasten(self, latest_ms: int) -> None:
+        """Have no task wait for its next attempt until later than `latest_ms`."""
+        sql = "UPDATE tasks SET not_before_ms = ? WHERE status = 'pending' AND not_before_ms > ?"
+        await self._writer.submit(lambda c: c.execute(sql, (latest_ms,) * 2), grows=False)
 
     async def waiting(self, now_ms: int) -> list[Waiting]:
         """The task that waits longest, of each project and priority."""
@@ -292,6 +299,19 @@ SELECT sum(
 ), count(*)
 FROM tasks t WHERE completed_ms >= ? AND attempt > 0
 """
+
+
+def _at_most(rows: Iterable[tuple[Any, ...]], most: int) -> list[tuple[Any, ...]]:
+    """Rows as long as they are not larger than `most`, but one at least; then an empty one when
+    there are more."""
+    taken: list[tuple[Any, ...]] = []
+    size = 0
+    for row in rows:
+        size += sum(len(v) for v in row if isinstance(v, str | bytes))
+        if taken and size > most:
+            return [*taken, ()]
+        taken.append(row)
+    return taken
 
 
 def _event(c: sqlite3.Connection, event_uuid: str) -> Event:

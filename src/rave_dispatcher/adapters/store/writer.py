@@ -167,8 +167,8 @@ class Writer:
                 for item, receipt in zip(events, receipts, strict=True):
                     item.result = receipt
             self._connection.execute("COMMIT")
-        except sqlite3.Error as e:
-            error = self._explain(e)
+        except Exception as e:  # whatever it is, the thread must go on, and nobody wait for ever
+            error = self._explain(e) if isinstance(e, sqlite3.Error) else e
             for item in group:
                 item.error = error
             with contextlib.suppress(sqlite3.Error):
