@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from rave_dispatcher import service
-from rave_dispatcher.adapters.systemd import Notifier
+from rave_dispatcher.adapters.systemd import Notifier, Sockets
 from rave_dispatcher.application.ports import TaskFilter
 from rave_dispatcher.config import Config
 from rave_dispatcher.domain.events import Trace
@@ -192,7 +192,7 @@ def test_retention_does_not_wait_for_an_hour(
         made = await service.Service.start(Config.model_validate(config), Notifier())
         await made.store.add_task(OLD)
         with socket.create_server(("127.0.0.1", 0)) as listening:
-            run = asyncio.create_task(made.run([listening]))
+            run = asyncio.create_task(made.run(Sockets([listening], [])))
             for _ in range(100):
                 await asyncio.sleep(0.05)
                 if gone := not (await made.store.tasks(TaskFilter(), None, 1)).items:
