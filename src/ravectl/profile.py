@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import urllib.parse
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -633,6 +634,18 @@ class Profile(_Section):
                     "write network.egress: true as well, or false here",
                     (*at, "network"),
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _collector_is_reached(self) -> Profile:
+        endpoint = self.tracing.otlp_endpoint or ""
+        inside = urllib.parse.urlsplit(endpoint).hostname in (None, "127.0.0.1", "localhost")
+        if not inside and not self.network.egress:
+            raise _wrong(
+                "the machine itself reaches nothing outside",
+                "write network.egress: true as well, or a collector in the machine",
+                ("tracing", "otlp_endpoint"),
+            )
         return self
 
     def nix_settings(self) -> model.NixSettings:

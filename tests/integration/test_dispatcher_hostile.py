@@ -142,6 +142,20 @@ def test_a_configuration_that_cannot_be_read(tmp_path: Path, text: str) -> None:
     assert done.stderr.count("\n") == 1
 
 
+def test_bodies_of_who_signs_nothing_do_not_fill_the_memory(tmp_path: Path) -> None:
+    head = b"POST /webhooks/github HTTP/1.1\r\nHost: x\r\nContent-Length: 1048576\r\n\r\n"
+    with running(tmp_path) as d, contextlib.ExitStack() as stack:
+        for _ in range(200):  # each but for its last byte
+            c = stack.enter_context(socket.create_connection(("127.0.0.1", d.port), 5))
+            c.sendall(head + b"x" * (2**20 - 1))
+        assert peak_mb(d) < SMALLEST_MB
+        stack.close()
+        d.wait()
+        body = b'{"x": "' + b"y" * 900_000 + b'"}'
+        for _ in range(100):  # what was held is given back
+            assert d.hook(body).status == 202
+
+
 def test_a_collector_that_never_answers_does_not_hold_up_the_end(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}/v1/traces"

@@ -614,3 +614,21 @@ def test_reference_shows_errors_as_they_are(tmp_path: Path, row: list[str]) -> N
 @pytest.mark.parametrize("example", REFERENCE.split("```yaml\n")[1:], ids=["extend", "providers"])
 def test_examples_of_the_reference_are_valid(tmp_path: Path, example: str) -> None:
     assert outcome(workspace(tmp_path, example.split("```", maxsplit=1)[0]))
+
+
+@pytest.mark.parametrize("host", ["https://otel.example.com", "http://10.0.2.2:4318"])
+def test_a_collector_that_cannot_be_reached_is_an_error(tmp_path: Path, host: str) -> None:
+    text = f"extends: safe\nname: mine\ntracing: {{otlp_endpoint: {host}/v1/traces}}\n"
+    assert "reaches nothing outside" in str(error(tmp_path, text))
+    egress = text + "network: {egress: true}\n"
+    assert profile.select(None, {}, workspace(tmp_path, egress)).tracing.otlp_endpoint is not None
+    local = text.replace(host, "http://127.0.0.1:4318")
+    assert profile.select(None, {}, workspace(tmp_path, local)).tracing.otlp_endpoint is not None
+
+
+def test_an_expression_that_re_refuses_in_another_way_is_an_error(tmp_path: Path) -> None:
+    rule = (
+        "{name: r, agent_type: ai-engineer, prompt: p, conditions: [{path: $.a, matches: 'a{%s}'}]}"
+    )
+    text = f"extends: safe\nname: mine\nwebhooks: {{rules: [{rule % ('9' * 20)}]}}\n"
+    assert "repetition number is too large" in str(error(tmp_path, text))

@@ -12,6 +12,7 @@ import datetime
 import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.responses import Response
@@ -27,6 +28,7 @@ from rave_dispatcher.application.errors import (
     RateLimitedError,
     TooLargeError,
     UnauthenticatedError,
+    UnavailableError,
     WrongMediaTypeError,
 )
 from rave_dispatcher.config import Limits
@@ -40,6 +42,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 WEBHOOKS = "/webhooks/"
 DISCARD_MOST = 16 * 2**20
 DISCARD_SECONDS = 2.0
+# of bodies at once, before any signature is looked at: the service has 192 MB in all
+BODIES_MOST = 48 * 2**20
 
 
 class _Route:
@@ -79,6 +83,7 @@ class Gate:
         self._app, self._limits, self._webhooks = app, limits, webhooks
         self._tracer, self._metrics, self._served = tracer, metrics, served
         self._rate = RateLimiter(limits.requests_per_second, limits.burst)
+        self._bodies = _Bodies()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request."""
@@ -106,7 +111,7 @@ class Gate:
     async def _serve(
         self, scope: Scope, receive: Receive, answer: _Answer, headers: dict[str, str]
     ) -> None:
-        incoming = _Incoming(receive)
+        incoming = _Incoming(receive, self._bodies)
         try:
             try:
                 source = scope["path"].removeprefix(WEBHOOKS)
@@ -134,6 +139,8 @@ class Gate:
             if not answer.began:
                 r = problems.response(500, "internal", "The dispatcher failed", "see its log")
                 await r(scope, receive, answer)
+        finally:
+            incoming.forget()
 
     def _version_headers(self, path: str) -> list[tuple[bytes, bytes]]:
         version = versions.version_of(path, self._served)
@@ -196,26 +203,49 @@ class _GoneAwayError(Exception):
     """The client hung up."""
 
 
+@dataclass
+class _Bodies:
+    """How much of bodies is in memory, of all requests that are under way."""
+
+    held: int = 0
+
+
 class _Incoming:
     """A request's body as it comes, and whether all of it has come."""
 
-    def __init__(self, receive: Receive) -> None:
+    def __init__(self, receive: Receive, bodies: _Bodies) -> None:
         self._receive, self._complete = receive, False
+        self._bodies, self._held = bodies, 0
 
     async def __call__(self) -> Message:
-        """The next piece."""
+        """The next piece. Raises UnavailableError when all bodies together are too large."""
+        message = await self._next()
+        size = len(message.get("body", b""))
+        if self._bodies.held + size > BODIES_MOST:
+            raise UnavailableError("too many large bodies are under way", {"Retry-After": "5"})
+        self._held += size
+        self._bodies.held += size
+        return message
+
+    async def _next(self) -> Message:
         message = await self._receive()
         self._complete = message["type"] == "http.disconnect" or not message.get("more_body")
         return message
 
+    def forget(self) -> None:
+        """Nobody needs the body any more."""
+        self._bodies.held -= self._held
+        self._held = 0
+
     async def discard(self) -> None:
         """Let the rest come, within reason: a proxy that is still sending sees no answer, and
         tells its client that we are broken."""
+        self.forget()
         size = 0
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DISCARD_SECONDS):
                 while not self._complete and size < DISCARD_MOST:
-                    size += len((await self()).get("body", b""))
+                    size += len((await self._next()).get("body", b""))
 
 
 class _Answer:
