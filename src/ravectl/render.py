@@ -40,7 +40,8 @@ def render(
     environment.filters["umask"] = _umask
     environment.filters["nix"] = to_nix
     names = {
-        "plan": plan, "distribution": folder.name, "ssh_announcement": SSH_ANNOUNCEMENT, **extra,
+        "plan": plan, "distribution": folder.name, "ssh_announcement": SSH_ANNOUNCEMENT,
+        "engine": "nix" if folder.name == "nixos" else folder.name, **extra,
     }  # fmt: skip
     entries: dict[str, Any] = yaml.safe_load((folder / manifest).read_text())
     files = [_file(environment, path, entry or {}, names) for path, entry in entries.items()]
