@@ -240,6 +240,8 @@ class ScrapeJob:
     path: str
     every_seconds: int
     keep: str | None = None
+    collect: tuple[str, ...] = ()  # of the node exporter: only these collectors
+    honor_labels: bool = False  # what is collected says itself whose it is
     probes: tuple[HttpProbe, ...] = ()
 
     @property

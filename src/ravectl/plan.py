@@ -294,13 +294,20 @@ def scrape_jobs(seconds: int) -> tuple[ScrapeJob, ...]:
     """
     own = max(seconds, SELF_SECONDS)
     return (
-        ScrapeJob("node", 9100, "/metrics", min(seconds, UNIT_STATE_SECONDS)),
-        ScrapeJob("probes", 9115, "/probe", seconds, None, PROBES),
+        ScrapeJob(
+            "units", 9100, "/metrics", min(seconds, UNIT_STATE_SECONDS),
+            "rave_unit_.*|node_textfile_mtime_seconds", collect=("textfile",), honor_labels=True,
+        ),
+        ScrapeJob("node", 9100, "/metrics", own, "node_.*|rave_(secret|backup|bans).*"),
+        ScrapeJob("probes", 9115, "/probe", seconds, probes=PROBES),
         ScrapeJob("requests", 3903, "/metrics", seconds, "rave_.*|mtail_line.*_total"),
         ScrapeJob("dispatcher", 3001, "/metrics", seconds, "rave_.*|agent_.*|" + _PROCESS),
         ScrapeJob("nginx", 9113, "/metrics", seconds, "nginx_.*"),
         ScrapeJob("postgresql", 9187, "/metrics", own, "(pg_|rave_).*"),
-        ScrapeJob("pushgateway", 9091, "/metrics", own, "(push_|rave_|agent_).*|" + _PROCESS),
+        ScrapeJob(
+            "pushgateway", 9091, "/metrics", own, "(push_|rave_|agent_).*|" + _PROCESS,
+            honor_labels=True,
+        ),
         ScrapeJob(
             "prometheus", 9090, "/metrics", own,
             "prometheus_(tsdb_(head_series|head_samples_appended_total|storage_blocks_bytes|"
