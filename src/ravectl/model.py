@@ -350,6 +350,7 @@ class Plan:
     scrape_jobs: tuple[ScrapeJob, ...]
     scrape_seconds: int  # evaluation of rules; a job may have another interval
     remote_write: tuple[str, ...]  # where the critical metrics (rave:*) go
+    alerts: tuple[str, ...]
     alert_receivers: tuple[AlertReceiver, ...]
     secrets: tuple[Secret, ...]
     retention: Retention

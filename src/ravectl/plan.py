@@ -84,6 +84,7 @@ def make_plan(
         scrape_jobs=scrape_jobs(scrape_seconds),
         scrape_seconds=scrape_seconds,
         remote_write=(LONG_TERM, *remote_write),
+        alerts=ALERTS,
         alert_receivers=alert_receivers,
         secrets=SECRETS,
         retention=retention,
@@ -271,6 +272,15 @@ ROUTES = (
     Route("metrics", "/metrics", None, None, None, Access.NOBODY, "/metrics", 404),
     Route("prometheus", "/prometheus/", None, None, None, Access.NOBODY, "/prometheus/", 404),
 )
+
+# templates/common/files/alerts.yml.j2 has their rules, docs/runbooks/ what to do about each
+ALERTS = (
+    "ServiceDown", "OomKill", "ServiceFlapping", "MemoryPressure", "ServiceMemory", "CpuSaturated",
+    "DiskFilling", "MonitoringBroken", "HttpErrors", "HttpSlow", "AuthFailures", "BruteForce",
+    "WebhookErrors", "QueueStuck", "TaskFailures", "TraceCoverageLow", "DatabaseCorrupt",
+    "BackupStale", "BackupBroken", "CertificateExpiring", "SecretsStale", "AvailabilityBurnFast",
+    "AvailabilityBurnSlow",
+)  # fmt: skip
 
 LONG_TERM = "http://127.0.0.1:8428/api/v1/write"  # VictoriaMetrics
 UNIT_STATE_SECONDS = 5  # how often the state of units is looked at: ServiceDown's deadline

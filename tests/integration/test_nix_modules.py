@@ -110,7 +110,9 @@ def fault(kind: str, value: Any) -> str | None:
         return None if str(value) in {a or b for a, b in known} else wrong
     if kind in ("submodule", "attribute set") or kind.startswith("submodule"):
         return None if isinstance(value, dict) else wrong
-    if kind.startswith(("systemd option", "sysctl option", "atom", "boolean or", "attribute set of (boolean")):
+    if kind.startswith(
+        ("systemd option", "sysctl option", "atom", "boolean or", "attribute set of (boolean")
+    ):
         return None if isinstance(value, bool | int | float | str | list | dict) else wrong
     if kind in simple:
         return None if type(value) is simple[kind] else wrong

@@ -348,6 +348,10 @@ def test_each_alert_has_a_runbook_and_each_runbook_an_alert(rules: Path) -> None
             assert part in text, name
 
 
+def test_the_plan_names_the_alerts(rules: Path) -> None:
+    assert {p.alerts for p in PLANS.values()} == {tuple(severities(rules))}
+
+
 def test_prometheus_accepts_the_rules(rules: Path) -> None:
     done = promtool("check", "rules", *(rules / n for n in FILES))
     assert done.returncode == 0, done.stdout + done.stderr
