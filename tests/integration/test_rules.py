@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from ravectl import images
-from tests import nixos
+from tests import nixos, rules_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANS = {p.profile: p for p in nixos.shipped()}
@@ -407,3 +407,10 @@ def test_recorded_values(
     path.write_text(yaml.safe_dump(document))
     done = promtool("test", "rules", path)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_table_of_the_docs_is_that_of_the_rules() -> None:
+    page = rules_table.PAGE.read_text()
+    assert page == rules_table.written(page), "run: python -m tests.rules_table"
+    for alert in PLANS["safe"].alerts:
+        assert f"[{alert}](runbooks/{alert}.md)" in page
