@@ -486,6 +486,7 @@ def order(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     """What a unit waits for, by our names."""
     names = {"ssh.service": "ssh", "sshd.service": "ssh", "rave-secrets.service": "secrets"}
     names["sops-install-secrets.service"] = "secrets"
+    names |= {s.unit[e]: s.name for s in plan.services for e in EngineName}
 
     def ours(units: Iterable[str]) -> set[str]:
         return {names.get(u, u) for u in units}

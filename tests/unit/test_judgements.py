@@ -190,6 +190,30 @@ def targets(edit: Callable[[Rows], object]) -> Change:
     return change
 
 
+def loaded(edit: Callable[[Rows], object]) -> Change:
+    """The rules of one group that has several, as Prometheus lists them."""
+
+    def change(text: str) -> str:
+        (line,) = [x for x in text.splitlines() if x.startswith("{") and '"groups"' in x]
+        tree = json.loads(line)
+        (group,) = [g for g in tree["data"]["groups"] if g["name"] == "upkeep"]
+        edit(group["rules"])
+        return text.replace(line, json.dumps(tree))
+
+    return change
+
+
+def regex(pattern: str, new: str) -> Change:
+    """The first match of a pattern becomes something else."""
+
+    def change(text: str) -> str:
+        found, count = re.subn(pattern, new, text, count=1)
+        assert count == 1, f"the recording does not hold {pattern!r}"
+        return found
+
+    return change
+
+
 def offer(key: str, algorithm: str) -> Change:
     """sshd offers one more algorithm in its KEXINIT."""
 
@@ -430,6 +454,44 @@ BROKEN = (
     Broken("D2", "it cannot be opened",
            swap('{"journal_mode"', "rave-dispatcher: the event store x is damaged (y). {"),
            "the event store is damaged"),
+    Broken("D5", "metrics are kept longer", swap('"storage.tsdb.retention.time":"3d"',
+                                                 '"storage.tsdb.retention.time":"30d"'),
+           "metrics: 30d, not 3d"),
+    Broken("D5", "there may be more of them", swap('"storage.tsdb.retention.size":"512M',
+                                                  '"storage.tsdb.retention.size":"2G'),
+           "size of metrics: 2048, not 512"),
+    Broken("D5", "critical ones are kept shorter",
+           regex(r'retentionPeriod="?30d', 'retentionPeriod="3d'),
+           "critical metrics: 3d, not 30d"),
+    Broken("D5", "events are kept longer", swap("retention_days: 7", "retention_days: 70"),
+           "events: 70, not 7"),
+    Broken("D5", "what is older is still there",
+           regex(r"(tsdb_lowest_timestamp_seconds) .*", r"\1 1.0e+09"), "the oldest metric is of"),
+    Broken("O2", "an alert is not loaded", loaded(lambda r: r[0].update(name="Other")),
+           "alert Other is not in the Plan"),
+    Broken("O2", "the alert of backups is gone",
+           loaded(lambda r: r.remove(next(x for x in r if x["name"] == "BackupStale"))),
+           "alert BackupStale is not loaded"),
+    Broken("O2", "a rule cannot be evaluated",
+           loaded(lambda r: r[1].update(health="err", lastError="many-to-many")),
+           "fails: many-to-many"),
+    Broken("O2", "a rule failed before", regex(r"(evaluation_failures_total{.*}) 0", r"\1 3"),
+           "prometheus_rule_evaluation_failures_total is 3"),
+    Broken("O2", "no receiver", swap('"name":"dispatcher"', '"name":"nobody"'),
+           "receiver dispatcher is missing"),
+    Broken("O2", "nobody is told",
+           regex(r'"activeAlertmanagers":\[[^]]*\]', '"activeAlertmanagers":[]'),
+           "sends to 0 Alertmanagers"),
+    Broken("O2", "any number of queries", swap('"query.max-concurrency":"4"',
+                                              '"query.max-concurrency":"20"'),
+           "20 queries at once, not 4"),
+    Broken("O3", "no alert", rows({}, lambda r: r.update(fired=None)), "no alert came"),
+    Broken("O3", "too late", rows({}, lambda r: r.update(fired=r["stopped"] + 30.0)),
+           "the alert came after 30.0 s"),
+    Broken("O3", "it never ends", rows({}, lambda r: r.update(resolved=None)),
+           "the alert's end did not come"),
+    Broken("O3", "it ends late", rows({}, lambda r: r.update(resolved=r["started"] + 61.0)),
+           "the alert's end came after 61.0 s"),
     Broken("O4", "traces are incomplete", swap("ratio 1.0", "ratio 0.94"), "only 94.0% have one"),
     Broken("O4", "no traces at all", swap("ratio 1.0", "ratio 0.0"), "only 0.0% have one"),
     # H3
@@ -546,6 +608,13 @@ UNREADABLE = (
      rows({}, lambda r: "stored" in r and r.update(stored=None))),
     ("H6", "nobody counted", rows({}, lambda r: r.pop("counted", None))),
     ("D2", "there is no such command", swap('{"journal_mode"', "bash: not found: ")),
+    ("D5", "VictoriaMetrics does not answer", regex("retentionPeriod=", "x=")),
+    ("D5", "no time", without("now")),
+    ("D5", "the dispatcher's configuration is not there", swap("retention_days", "days")),
+    ("O2", "not Prometheus", swap('{"status":"success"', "502 Bad Gateway")),
+    ("O2", "Alertmanager does not answer", without("receivers")),
+    ("O2", "nobody counted failures", without("figures")),
+    ("O3", "nobody knows when it stopped", rows({}, lambda r: r.update(stopped=None))),
     ("O4", "the dispatcher does not answer",
      swap("rave_dispatcher_trace_coverage_ratio 1.0", "curl: (7) Failed")),
     ("O4", "a number that is none", swap("ratio 1.0", "ratio NaN")),
