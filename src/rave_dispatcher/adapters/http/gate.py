@@ -215,21 +215,17 @@ class _Incoming:
 
     def __init__(self, receive: Receive, bodies: _Bodies) -> None:
         self._receive, self._complete = receive, False
-        self._bodies, self._held = bodies, 0
+        self._bodies, self._held, self._discarding = bodies, 0, False
 
     async def __call__(self) -> Message:
         """The next piece. Raises UnavailableError when all bodies together are too large."""
-        message = await self._next()
-        size = len(message.get("body", b""))
-        if self._bodies.held + size > BODIES_MOST:
-            raise UnavailableError("too many large bodies are under way", {"Retry-After": "5"})
-        self._held += size
-        self._bodies.held += size
-        return message
-
-    async def _next(self) -> Message:
         message = await self._receive()
         self._complete = message["type"] == "http.disconnect" or not message.get("more_body")
+        if not self._discarding:
+            self._held += (size := len(message.get("body", b"")))
+            self._bodies.held += size
+            if self._bodies.held > BODIES_MOST:
+                raise UnavailableError("too many large bodies are under way", {"Retry-After": "5"})
         return message
 
     def forget(self) -> None:
@@ -241,11 +237,12 @@ class _Incoming:
         """Let the rest come, within reason: a proxy that is still sending sees no answer, and
         tells its client that we are broken."""
         self.forget()
+        self._discarding = True
         size = 0
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DISCARD_SECONDS):
                 while not self._complete and size < DISCARD_MOST:
-                    size += len((await self._next()).get("body", b""))
+                    size += len((await self()).get("body", b""))
 
 
 class _Answer:
