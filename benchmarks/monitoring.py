@@ -3,9 +3,9 @@
     benchmarks/watching [SECONDS]     120 by default, after 30 to settle; needs root
 
 The programs and their configuration are those of the image (the cached Debian base and the
-rendered tree), in a network namespace of their own. nginx is there with its status page and sends
-mtail ten requests a second. PostgreSQL, Vibe Kanban, the router and the dispatcher are not: asking them
-fails, so their exporters' figures are lower than in a machine.
+rendered tree), in a network namespace of their own. nginx is there with its status page and
+sends mtail ten requests a second. PostgreSQL, Vibe Kanban, the router and the dispatcher are
+not: asking them fails, so their exporters' figures are lower than in a machine.
 """
 
 from __future__ import annotations

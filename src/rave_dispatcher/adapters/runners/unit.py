@@ -22,6 +22,7 @@ SANDBOX = (
     "PrivateTmp=yes",
     "PrivateDevices=yes",
     "PrivateIPC=yes",
+    "PrivatePIDs=yes",  # of one account, tasks could end and read one another
     "ProtectClock=yes",
     "ProtectControlGroups=yes",
     "ProtectHostname=yes",
