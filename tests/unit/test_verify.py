@@ -17,7 +17,7 @@ from ravectl import profile, verify
 from ravectl.errors import RavectlError, UsageError
 from ravectl.model import CheckResult, Endpoint, EngineName, Outcome, Report, Suite
 from ravectl.plan import make_plan
-from ravectl.verify import framework
+from ravectl.verify import alerting, framework
 from ravectl.verify.framework import Check, Judgement, Probe, Subject, VerifyTarget, judged
 
 PLAN = make_plan(**profile.select("safe", {}, None).plan_arguments())
@@ -256,3 +256,20 @@ def test_table(terminal: bool) -> None:
 def test_summary() -> None:
     assert verify.summary(report()) == ("1 of 3 checks hold, 1 failed, 1 could not be run (1.5 s)")
     assert verify.summary(report(broken=False)) == "1 of 1 checks hold (1.5 s)"
+
+
+def test_only_the_alert_of_the_stopped_service_counts_and_only_after_the_stop() -> None:
+    def event(service: str, at: str, name: str = "ServiceDown") -> dict[str, object]:
+        labels = {"alertname": name, "service": service}
+        return {"timestamp": at, "payload": {"alerts": [{"labels": labels}]}}
+
+    def seen(*events: dict[str, object]) -> float | None:
+        return alerting.arrived(json.dumps({"items": events}).encode(), 1795575600.0)
+
+    late, early = "2026-11-25T03:00:20+00:00", "2026-11-25T02:59:50Z"
+    assert seen(event("kanban", late)) == 1795575620.0
+    assert seen(event("kanban", early)) is None
+    assert seen(event("router", late)) is None
+    assert seen(event("kanban", late, "OomKill")) is None
+    assert seen({"timestamp": late, "payload": []}, event("kanban", late)) == 1795575620.0
+    assert alerting.arrived(b"<html>", 0.0) is None
