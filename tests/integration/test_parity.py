@@ -881,11 +881,8 @@ def router(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
 
 
 @row
-def journal_manager_and_files(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
-    names = (
-        "systemd/journald.conf.d/rave.conf", "systemd/system.conf.d/rave.conf",
-        "tmpfiles.d/rave.conf",
-    )  # fmt: skip
+def journal_and_manager(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    names = ("systemd/journald.conf.d/rave.conf", "systemd/system.conf.d/rave.conf")
     return [debian.text(f"etc/{n}") for n in names], [nix.etc(n) for n in names]
 
 
