@@ -691,8 +691,11 @@ def router(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
 
 
 @row
-def journal_and_manager(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
-    names = ("systemd/journald.conf.d/rave.conf", "systemd/system.conf.d/rave.conf")
+def journal_manager_and_files(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    names = (
+        "systemd/journald.conf.d/rave.conf", "systemd/system.conf.d/rave.conf",
+        "tmpfiles.d/rave.conf",
+    )  # fmt: skip
     return [debian.text(f"etc/{n}") for n in names], [nix.etc(n) for n in names]
 
 
