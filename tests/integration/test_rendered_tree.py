@@ -193,7 +193,8 @@ def test_profiles_render_to_different_limits_and_retention() -> None:
 API_KEY = "key-of-the-test"
 # delivered, and read by nothing that is rendered
 UNREAD = (
-    "postgres/exporter-password", "dispatcher/api-token", "dispatcher/gitlab-token",
+    "postgres/exporter-password", "dispatcher/api-token", "dispatcher/alerts-token",
+    "dispatcher/gitlab-token",
     "dispatcher/github-secret", "dispatcher/standard-secret",
 )  # fmt: skip
 

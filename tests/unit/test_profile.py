@@ -321,7 +321,7 @@ def test_extends_that_is_no_name(tmp_path: Path, value: str) -> None:
 
 def test_memory_promised_twice_names_sum_limit_and_largest(tmp_path: Path) -> None:
     e = error(tmp_path, "extends: safe\nservices:\n  kanban:\n    memory: 700 MB\n")
-    total = sum(s.memory_mb for s in profile.load("safe", None).services.values()) + 700 - 192
+    total = sum(s.memory_mb for s in profile.load("safe", None).services.values()) + 700 - 144
     assert ":4: services.kanban.memory:" in e.message
     assert f"sums to {total} MB, 1664 MB are there" in e.message
     assert "the largest is kanban with 700 MB" in e.message
