@@ -4,8 +4,8 @@
 
 The programs and their configuration are those of the image (the cached Debian base and the rendered
 tree), in a network namespace of their own. nginx is there with its status page and sends mtail ten
-requests a second. PostgreSQL, Vibe Kanban, the router and the dispatcher are not: asking them fails,
-so their exporters' figures are lower than in a machine.
+requests a second. PostgreSQL, Vibe Kanban, the router and the dispatcher are not: asking them
+fails, so their exporters' figures are lower than in a machine.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def commands(tree: RenderedTree, root: Path, work: Path) -> dict[str, list[str]]
         found[name] = [str(root / "usr/bin" / package), *moved]
     found["mtail"] = [
         str(root / "usr/bin/mtail"), "--progs", f"{work}/etc/mtail", "--logs",
-        f"unixgram://{work}/mtail.sock", "--address", "127.0.0.1", "--port", "3903", "--logtostderr",
+        f"unixgram://{work}/mtail.sock", "--address", "127.0.0.1", "--port", "3903",
+        "--logtostderr",
     ]  # fmt: skip
     # the control groups of this host's own units stand for the machine's
     units = f"{work}/usr/lib/rave/units"
