@@ -33,7 +33,7 @@ ARRIVES_SECONDS = 30.0  # docs/verify.md; the sum of what it takes is in alertma
 RESOLVES_SECONDS = 60.0
 SAFETY_SECONDS = 150
 SAFETY_TIMER = (
-    "rave-verify-start"  # one for all, or that of a check before would start it too early
+    "rave-verify-start"  # one: that of a check before would end this one
 )
 BLOCK_SHARE = 0.1  # Prometheus deletes whole blocks, of up to a tenth of the retention
 BLOCK_HOURS = 3.0  # of the youngest, which is not cut yet
