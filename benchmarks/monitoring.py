@@ -122,6 +122,9 @@ def inside(seconds: int) -> None:
     plan = make_plan(**profile.load("safe", None).plan_arguments())
     base = debian.ensure_base(files.cache_dir(), plan.accounts)
     tree = images.render_debian(plan)
+    # Alertmanager's templates and the pages of all of them
+    shared = "usr/share/prometheus"
+    subprocess.run(["mount", "--bind", base.root / shared, f"/{shared}"], check=True)
     with tempfile.TemporaryDirectory(prefix="rave-monitoring.") as folder:
         work = Path(folder)
         work.chmod(0o755)
@@ -149,7 +152,8 @@ def _report(pids: dict[str, int], work: Path, seconds: int) -> None:
     total = 0.0
     for name, pid in pids.items():
         if "(zombie)" in Path(f"/proc/{pid}/status").read_text():
-            raise SystemExit(f"{name} ended: {(work / f'{name}.log').read_text()[-500:]}")
+            log = (work / f"{name}.log").read_text()
+            raise SystemExit(f"{name} ended: {log[-500:]}")
     for name, pid in pids.items():
         percent = 100 * (cpu_seconds(pid) - before[name]) / took
         total += percent
@@ -177,7 +181,9 @@ def main() -> None:
         return
     seconds = sys.argv[1] if len(sys.argv) > 1 else "120"
     inner = [sys.executable, "-m", "benchmarks.monitoring", "--inside", seconds]
-    raise SystemExit(subprocess.run(["unshare", "--net", *inner], check=False).returncode)
+    raise SystemExit(
+        subprocess.run(["unshare", "--net", "--mount", *inner], check=False).returncode
+    )
 
 
 if __name__ == "__main__":

