@@ -51,7 +51,6 @@ TEST_VALUES = {
     SecretKind.HTPASSWD: "$(cat htpasswd)",
     SecretKind.SCRAM: "$(cat scram)",
     SecretKind.AUTHORIZED_KEYS: "$(cat host.pub)",
-    SecretKind.DATES: "# none",
     SecretKind.GIVEN: "",
 }
 

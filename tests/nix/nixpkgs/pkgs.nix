@@ -41,7 +41,6 @@ let
     "findutils"
     "git"
     "jq"
-    "mtail"
     "nixfmt"
     "nixfmt-tree"
     "openssh"
