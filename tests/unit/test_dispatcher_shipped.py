@@ -174,6 +174,9 @@ def test_domain_and_application_are_covered(tmp_path: Path) -> None:
             "--cov-fail-under=95", "--cov-report=term-missing",
         ],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
-        env={"PATH": "/usr/bin:/bin", "COVERAGE_FILE": str(tmp_path / "coverage")},
+        env={
+            "PATH": "/usr/bin:/bin", "COVERAGE_FILE": str(tmp_path / "coverage"),
+            "PYTHONPATH": str(ROOT / "src"),
+        },
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
