@@ -420,6 +420,6 @@ def test_requests_are_not_lost_while_everything_is_rotated(running: Tool) -> Non
     running("rotate-secrets", "dispatcher/gitlab-token", "dispatcher/github-secret", "--no-grace")
     figures: dict[str, Any] = rotation.measure(running.workspace, os.environ | running.environment)
     assert figures["sent"] > 100
-    assert figures["lost"] == 0, figures
+    assert figures["lost"] == {}, figures
     assert figures["webhooks"] > 50
     assert_agreement(running)

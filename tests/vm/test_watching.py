@@ -62,7 +62,9 @@ def test_logs_and_status_go_on_over_a_lost_connection(machine: Tool) -> None:
         started(machine, "status", "--watch", "--interval", "1", "--json") as status,
     ):
         assert "number 0" in line(logs)
-        first = json.loads(line(status))
+        shown = line(status)
+        assert shown, ended(status)
+        first = json.loads(shown)
         # the connections end between two entries, as a restart of the machine ends them; [s]: the
         # shell that has this pattern in its own command line goes on
         write = "for i in $(seq {} {}); do logger -t tick number $i; done"

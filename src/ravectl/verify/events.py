@@ -59,11 +59,15 @@ def gitlab_headers(
     token: str, body: bytes, delivery: str, event: str, seconds: int
 ) -> dict[str, str]:
     """How a GitLab that signs (Standard Webhooks) signs a delivery at a time."""
+    return standard_headers(token.encode(), body, delivery, seconds) | {"X-Gitlab-Event": event}
+
+
+def standard_headers(key: bytes, body: bytes, delivery: str, seconds: int) -> dict[str, str]:
+    """How Standard Webhooks signs a delivery at a time (seconds since 1970)."""
     signed = f"{delivery}.{seconds}.".encode() + body
-    digest = hmac.new(token.encode(), signed, hashlib.sha256).digest()
+    digest = hmac.new(key, signed, hashlib.sha256).digest()
     return {
         "Content-Type": "application/json",
-        "X-Gitlab-Event": event,
         "webhook-id": delivery,
         "webhook-timestamp": str(seconds),
         "webhook-signature": "v1," + base64.b64encode(digest).decode(),
