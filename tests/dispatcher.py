@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+ALERTS_TOKEN = "test-alerts-token"
 TOKEN = "test-api-token"
 GITLAB, GITHUB = b"test-gitlab-token", b"test-github-secret"
 STANDARD = b"whsec_" + base64.b64encode(b"test-standard-secret-of-32-bytes")
@@ -190,6 +191,7 @@ def make(folder: Path, **changes: Any) -> Dispatcher:
     secrets.mkdir(parents=True)
     for name, value in (
         ("api-token", TOKEN.encode()),
+        ("alerts-token", ALERTS_TOKEN.encode()),
         ("gitlab-token", GITLAB),
         ("github-secret", GITHUB),
         ("standard-secret", STANDARD),

@@ -185,6 +185,7 @@ class Config(_Part):
     store: StoreConfig = StoreConfig()
     secrets_dir: Path = Path("/run/secrets/dispatcher")
     api_token: str = "api-token"  # noqa: S105 - a file's name
+    alerts_token: str = "alerts-token"  # noqa: S105 - opens /alerts and nothing else
     sources: dict[str, Source] = {
         "gitlab": Source(scheme="gitlab", secret="gitlab-token"),  # noqa: S106
         "github": Source(scheme="github", secret="github-secret"),  # noqa: S106

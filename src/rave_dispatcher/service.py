@@ -112,6 +112,7 @@ class Service:
             collect=CollectMetrics(self.store, self.clock, self.metrics),
             metrics=self.metrics, store=self.store,
             tokens=lambda: self.secrets.accepted(config.api_token),
+            alert_tokens=lambda: self.secrets.accepted(config.alerts_token),
             faults=self.faults, wake_rules=self.rules_wake.set,
         )  # fmt: skip
         self.checkpointer = maintenance.Checkpointer(

@@ -17,6 +17,7 @@ import uuid as uuids
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeGuard
 
 from ravectl import credentials, files, journal, qemu, qmp, ssh, vault
 from ravectl.errors import RavectlError
@@ -61,6 +62,11 @@ class Record:
 FORM = form_of(Record)
 
 
+def _names_a_machine(value: object) -> TypeGuard[dict[str, str]]:
+    """Whether a record, of whatever form, says which QEMU is its."""
+    return isinstance(value, dict) and isinstance(value.get("uuid"), str)
+
+
 @dataclass(frozen=True)
 class Process:
     """A verified QEMU of ours."""
@@ -89,6 +95,9 @@ class Instance:
         value = files.read_json(self._record_file)
         remedy = f"throw the instance away: rm -r '{self.folder}'"
         if not isinstance(value, dict) or value.get("form") != FORM:
+            running = find_process(value["uuid"]) if _names_a_machine(value) else None
+            if running is not None:
+                remedy = f"shut it down or end it (kill {running.pid}), and {remedy}"
             raise RavectlError(
                 f"instance {self.name!r} was made by another version of ravectl", remedy
             )

@@ -42,7 +42,14 @@ SERVICE_NAMES = (
     "dispatcher",
     "postgresql",
     "prometheus",
+    "alertmanager",
+    "victoriametrics",
+    "pushgateway",
     "node-exporter",
+    "nginx-exporter",
+    "postgres-exporter",
+    "blackbox-exporter",
+    "mtail",
 )
 
 
@@ -104,6 +111,7 @@ class SecretKind(enum.StrEnum):
     HTPASSWD = "htpasswd"  # derived: the ingress's password, hashed
     SCRAM = "scram"  # derived: a PostgreSQL role's password, as the server keeps it
     AUTHORIZED_KEYS = "authorized-keys"  # derived: the operator's public key
+    DATES = "dates"  # derived: when each secret was changed last, as metrics
     GIVEN = "given"  # by a person; never made, and a machine works without it
 
 
@@ -122,6 +130,14 @@ class Activation(enum.StrEnum):
     RELOAD = "reload"
     RESTART = "restart"
     ROLE = "role"  # ALTER ROLE
+
+
+class ReceiverKind(enum.StrEnum):
+    """How Alertmanager tells people."""
+
+    WEBHOOK = "webhook"
+    SLACK = "slack"
+    EMAIL = "email"
 
 
 class Suite(enum.StrEnum):
@@ -213,12 +229,35 @@ class Route:
 
 
 @dataclass(frozen=True)
+class HttpProbe:
+    """A request that the blackbox exporter makes to a service, as its clients would."""
+
+    service: str
+    url: str
+    module: str  # of the exporter's configuration
+
+
+@dataclass(frozen=True)
 class ScrapeJob:
-    """What Prometheus collects, from loopback."""
+    """What Prometheus collects, from loopback.
+
+    `keep` is a regular expression of the metrics that are stored (None: all). With `probes` the
+    target is the blackbox exporter, which is asked once for each.
+    """
 
     name: str
     port: int
     path: str
+    every_seconds: int
+    keep: str | None = None
+    collect: tuple[str, ...] = ()  # of the node exporter: only these collectors
+    honor_labels: bool = False  # what is collected says itself whose it is
+    probes: tuple[HttpProbe, ...] = ()
+
+    @property
+    def targets(self) -> int:
+        """How many targets Prometheus has of it."""
+        return len(self.probes) or 1
 
 
 @dataclass(frozen=True)
@@ -320,6 +359,18 @@ class RouterProvider:
 
 
 @dataclass(frozen=True)
+class AlertReceiver:
+    """Whom alerts go to beside the dispatcher. Addresses that let anybody in are secrets."""
+
+    kind: ReceiverKind
+    channel: str | None = None  # of Slack
+    to: str | None = None  # of email, as are these
+    sender: str | None = None
+    smarthost: str | None = None
+    username: str | None = None
+
+
+@dataclass(frozen=True)
 class Network:
     """What crosses the machine's border."""
 
@@ -385,7 +436,10 @@ class Plan:
     services: tuple[Service, ...]
     routes: tuple[Route, ...]
     scrape_jobs: tuple[ScrapeJob, ...]
-    scrape_seconds: int
+    scrape_seconds: int  # evaluation of rules; a job may have another interval
+    remote_write: tuple[str, ...]  # where the critical metrics (rave:*) go
+    alerts: tuple[str, ...]
+    alert_receivers: tuple[AlertReceiver, ...]
     secrets: tuple[Secret, ...]
     retention: Retention
     logs: Logs
@@ -424,6 +478,13 @@ class Plan:
             if service.name == name:
                 return service
         raise KeyError(name)
+
+    def serving(self, port: int) -> Service:
+        """The service that listens on `port`; KeyError when none does."""
+        for service in self.services:
+            if port in service.ports:
+                return service
+        raise KeyError(port)
 
     def health_path(self, route: Route) -> str | None:
         """Where through the ingress the service behind `route` tells its health, if it does."""

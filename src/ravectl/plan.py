@@ -18,8 +18,10 @@ from ravectl.model import (
     Account,
     Activation,
     Agent,
+    AlertReceiver,
     EngineName,
     Health,
+    HttpProbe,
     Limits,
     Logs,
     Machine,
@@ -75,6 +77,8 @@ def make_plan(
     rules: tuple[WebhookRule, ...],
     otlp_endpoint: str | None,
     scrape_seconds: int,
+    remote_write: tuple[str, ...] = (),
+    alert_receivers: tuple[AlertReceiver, ...] = (),
 ) -> Plan:
     """The Plan of a validated profile. The same arguments give the same Plan on every host."""
     return Plan(
@@ -85,8 +89,11 @@ def make_plan(
         accounts=ACCOUNTS,
         services=tuple(_service(row, limits[row.name]) for row in SERVICES),
         routes=ROUTES,
-        scrape_jobs=SCRAPE_JOBS,
+        scrape_jobs=scrape_jobs(scrape_seconds),
         scrape_seconds=scrape_seconds,
+        remote_write=(LONG_TERM, *remote_write),
+        alerts=ALERTS,
+        alert_receivers=alert_receivers,
         secrets=SECRETS,
         retention=retention,
         logs=logs,
@@ -186,8 +193,8 @@ SERVICES = (
         "dispatcher", "Webhook dispatcher", "rave-dispatcher.service", "rave-dispatcher",
         Health(3001, "/healthz"),
         secrets=(
-            "dispatcher/api-token", "dispatcher/gitlab-token", "dispatcher/github-secret",
-            "dispatcher/standard-secret",
+            "dispatcher/api-token", "dispatcher/alerts-token", "dispatcher/gitlab-token",
+            "dispatcher/github-secret", "dispatcher/standard-secret",
         ),
     ),
     _Row(
@@ -199,8 +206,38 @@ SERVICES = (
         Health(9090, "/-/ready"),
     ),
     _Row(
+        "alertmanager", "Alertmanager", "alertmanager.service", "prometheus",
+        Health(9093, "/-/ready"), debian="prometheus-alertmanager.service",
+        secrets=("dispatcher/alerts-token",),
+    ),
+    _Row(
+        "victoriametrics", "VictoriaMetrics, for what is kept long", "victoriametrics.service",
+        "_victoria-metrics", Health(8428, "/health"), debian="victoria-metrics.service",
+    ),
+    _Row(
+        "pushgateway", "Pushgateway, for what does not run long", "pushgateway.service",
+        "prometheus", Health(9091, "/-/ready"), debian="prometheus-pushgateway.service",
+    ),
+    _Row(
         "node-exporter", "Prometheus node exporter", "prometheus-node-exporter.service",
         "prometheus", Health(9100, "/"),
+    ),
+    _Row(
+        "nginx-exporter", "Prometheus exporter of nginx's connections",
+        "prometheus-nginx-exporter.service", "prometheus", Health(9113, "/"),
+    ),
+    _Row(
+        "postgres-exporter", "Prometheus exporter of PostgreSQL",
+        "prometheus-postgres-exporter.service", "prometheus", Health(9187, "/"),
+        secrets=("postgres/exporter-password",),
+    ),
+    _Row(
+        "blackbox-exporter", "Prometheus exporter that asks services as their clients do",
+        "prometheus-blackbox-exporter.service", "prometheus", Health(9115, "/-/healthy"),
+    ),
+    _Row(
+        "mtail", "Counts and times the ingress's requests by route", "mtail.service", "mtail",
+        Health(3903, "/"),
     ),
 )  # fmt: skip
 
@@ -269,11 +306,70 @@ ROUTES = (
     Route("prometheus", "/prometheus/", None, None, None, Access.NOBODY, "/prometheus/", 404),
 )
 
-SCRAPE_JOBS = (
-    ScrapeJob("node", 9100, "/metrics"),
-    ScrapeJob("prometheus", 9090, "/metrics"),
-    ScrapeJob("dispatcher", 3001, "/metrics"),
+# templates/common/files/alerts.yml.j2 has their rules, docs/runbooks/ what to do about each
+ALERTS = (
+    "ServiceDown", "OomKill", "ServiceFlapping", "MemoryPressure", "ServiceMemory", "CpuSaturated",
+    "DiskFilling", "MonitoringBroken", "HttpErrors", "HttpSlow", "AuthFailures", "BruteForce",
+    "WebhookErrors", "QueueStuck", "TaskFailures", "TraceCoverageLow", "DatabaseCorrupt",
+    "BackupStale", "BackupBroken", "CertificateExpiring", "SecretsStale", "AvailabilityBurnFast",
+    "AvailabilityBurnSlow",
+)  # fmt: skip
+
+LONG_TERM = "http://127.0.0.1:8428/api/v1/write"  # VictoriaMetrics
+UNIT_STATE_SECONDS = 5  # how often the state of units is looked at: ServiceDown's deadline
+SELF_SECONDS = 15  # how often those who measure are measured
+_PROCESS = "process_(resident_memory_bytes|cpu_seconds_total|start_time_seconds|open_fds)"
+
+PROBES = (
+    HttpProbe("kanban", "http://127.0.0.1:3000/api/health", "http"),
+    HttpProbe("router", "http://127.0.0.1:3456/health", "http"),
+    HttpProbe("dispatcher", "http://127.0.0.1:3001/readyz", "http"),
+    # as from outside: its certificate is looked at, too
+    HttpProbe("ingress", "https://localhost:3002/healthz", "tls"),
 )
+
+
+def scrape_jobs(seconds: int) -> tuple[ScrapeJob, ...]:
+    """What is collected, where a profile says `seconds` between two collections.
+
+    Of programs that only serve the monitoring little is kept: each series costs Prometheus some
+    4 KB of memory.
+    """
+    own = max(seconds, SELF_SECONDS)
+    return (
+        ScrapeJob(
+            "units", 9100, "/metrics", min(seconds, UNIT_STATE_SECONDS),
+            "rave_unit_.*|node_textfile_mtime_seconds", collect=("textfile",), honor_labels=True,
+        ),
+        ScrapeJob("node", 9100, "/metrics", own, "node_.*|rave_(secret|backup|bans).*"),
+        ScrapeJob("probes", 9115, "/probe", seconds, probes=PROBES),
+        ScrapeJob("requests", 3903, "/metrics", seconds, "rave_.*|mtail_line.*_total"),
+        ScrapeJob("dispatcher", 3001, "/metrics", seconds, "rave_.*|agent_.*|" + _PROCESS),
+        ScrapeJob("nginx", 9113, "/metrics", seconds, "nginx_.*"),
+        ScrapeJob("postgresql", 9187, "/metrics", own, "(pg_|rave_).*"),
+        ScrapeJob(
+            "pushgateway", 9091, "/metrics", own, "(push_|rave_|agent_).*|" + _PROCESS,
+            honor_labels=True,
+        ),
+        ScrapeJob(
+            "prometheus", 9090, "/metrics", own,
+            "prometheus_(tsdb_(head_series|head_samples_appended_total|storage_blocks_bytes|"
+            "wal_corruptions_total)|rule_.*(failures|missed)_total|rule_group_.*duration_seconds|"
+            "notifications_(dropped|errors|sent)_total|target_.*exceeded.*|"
+            "remote_storage_(samples.*_total|shards|highest_timestamp_in_seconds|"
+            "queue_highest_sent_timestamp_seconds)|config_last_reload_successful)|" + _PROCESS,
+        ),
+        ScrapeJob(
+            "alertmanager", 9093, "/metrics", own,
+            "alertmanager_(alerts|notifications.*_total|config_last_reload_successful)|" + _PROCESS,
+        ),
+        ScrapeJob(
+            "victoriametrics", 8428, "/metrics", own,
+            "vm_(rows|free_disk_space_bytes|data_size_bytes|rows_inserted_total|"
+            "slow_queries_total|http_request_errors_total)|" + _PROCESS,
+        ),
+    )  # fmt: skip
+
 
 _PER_MACHINE = SecretScope.INSTANCE
 _SHARED = SecretScope.WORKSPACE
@@ -305,7 +401,11 @@ SECRETS = (
         mode="0640", source="ingress/password",
     ),
     Secret("ccr/api-key", SecretKind.PASSWORD, _SHARED, Activation.RELOAD),
-    Secret("postgres/exporter-password", SecretKind.PASSWORD, _SHARED, Activation.NONE),
+    # read by the exporter when it starts
+    Secret(
+        "postgres/exporter-password", SecretKind.PASSWORD, _SHARED, Activation.RESTART,
+        group="prometheus", mode="0640",
+    ),
     Secret(
         "postgres/exporter-scram", SecretKind.SCRAM, _MADE, Activation.ROLE, owner="postgres",
         group="postgres", mode="0400", role="exporter", source="postgres/exporter-password",
@@ -314,6 +414,11 @@ SECRETS = (
     Secret(
         "dispatcher/api-token", SecretKind.PASSWORD, _SHARED, Activation.NONE,
         owner="rave-dispatcher", group="rave-dispatcher", mode="0400",
+    ),
+    # what Alertmanager shows, which opens /alerts and nothing else; both look at each request
+    Secret(
+        "dispatcher/alerts-token", SecretKind.PASSWORD, _SHARED, Activation.NONE,
+        owner="rave-dispatcher", group="prometheus", mode="0440",
     ),
     Secret(
         "dispatcher/gitlab-token", SecretKind.PASSWORD, _SHARED, Activation.NONE,
@@ -328,4 +433,17 @@ SECRETS = (
         owner="rave-dispatcher", group="rave-dispatcher", mode="0400", grace_hours=GRACE_HOURS,
     ),
     Secret("agents/anthropic-api-key", SecretKind.GIVEN, _SHARED, Activation.RESTART),
+    # Alertmanager reads them at each notification
+    *(
+        Secret(
+            f"alerts/{name}", SecretKind.GIVEN, _SHARED, Activation.NONE, group="prometheus",
+            mode="0640",
+        )
+        for name in ("webhook-url", "slack-url", "smtp-password")
+    ),
+    # no secret: what the node exporter shows of them
+    Secret(
+        "monitoring/secrets.prom", SecretKind.DATES, _MADE, Activation.NONE, mode="0644",
+        in_all=False,
+    ),
 )  # fmt: skip

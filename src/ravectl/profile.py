@@ -253,6 +253,18 @@ def _certificates(value: str) -> str:
 Certificate = Annotated[str, AfterValidator(_certificates)]
 
 
+Address = Annotated[
+    str,
+    _word(r"[\w.+-]{1,64}@[A-Za-z0-9.-]{1,253}", "an address of email", "'ops@example.org'"),
+]
+# what a receiver of a kind must have
+_OF_KIND = {
+    model.ReceiverKind.WEBHOOK: (),
+    model.ReceiverKind.SLACK: ("channel",),
+    model.ReceiverKind.EMAIL: ("to", "from", "smarthost"),
+}
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -442,6 +454,56 @@ class TracingSection(_Section):
     otlp_endpoint: Url | None = None
 
 
+class ReceiverSection(_Section):
+    """Whom alerts go to: `kind` and what that kind needs. Its secret is alerts/..., given apart."""
+
+    kind: model.ReceiverKind
+    channel: Annotated[str, _word(r"[#@][\w.-]{1,80}", "a channel", "'#ops'")] | None = None
+    to: Address | None = None
+    sender: Annotated[Address | None, Field(alias="from")] = None
+    smarthost: (
+        Annotated[
+            str,
+            _word(r"[A-Za-z0-9.-]{1,253}:[0-9]{1,5}", "a mail server", "'mail.example.org:587'"),
+        ]
+        | None
+    ) = None
+    username: Annotated[str, _word(r"[\w.@+-]{1,254}", "a user name", "'rave'")] | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> ReceiverSection:
+        wanted = _OF_KIND[self.kind]
+        values = {"channel": self.channel, "to": self.to, "from": self.sender}
+        values |= {"smarthost": self.smarthost, "username": self.username}
+        if missing := [k for k in wanted if values[k] is None]:
+            raise _wrong(
+                f"a receiver of kind {self.kind.value} lacks {', '.join(missing)}",
+                f"add {'it' if len(missing) == 1 else 'them'}",
+            )
+        may = (*wanted, *(("username",) if self.kind is model.ReceiverKind.EMAIL else ()))
+        if extra := [k for k, v in values.items() if v is not None and k not in may]:
+            raise _wrong(
+                f"a receiver of kind {self.kind.value} has no {extra[0]}", "remove it", (extra[0],)
+            )
+        return self
+
+
+class MonitoringSection(_Section):
+    """Where metrics and alerts go beside this machine."""
+
+    remote_write: Annotated[tuple[Url, ...], Field(max_length=4)] = ()
+    receivers: Annotated[tuple[ReceiverSection, ...], Field(max_length=3)] = ()
+
+    @field_validator("receivers")
+    @classmethod
+    def _kinds_differ(cls, given: tuple[ReceiverSection, ...]) -> tuple[ReceiverSection, ...]:
+        for i, one in enumerate(given):
+            if one.kind in [r.kind for r in given[:i]]:
+                remedy = "name each kind once: its secret has one value"
+                raise _wrong(f"{one.kind.value!r} is there twice", remedy, (i, "kind"))
+        return given
+
+
 class NixSection(_Section):
     """How the nix engine builds: how much at once, and where it may fetch from."""
 
@@ -468,6 +530,8 @@ class PlanArguments(TypedDict):
     rules: tuple[model.WebhookRule, ...]
     otlp_endpoint: str | None
     scrape_seconds: int
+    remote_write: tuple[str, ...]
+    alert_receivers: tuple[model.AlertReceiver, ...]
 
 
 class Profile(_Section):
@@ -484,6 +548,7 @@ class Profile(_Section):
     router: RouterSection
     webhooks: WebhooksSection = WebhooksSection()
     tracing: TracingSection = TracingSection()
+    monitoring: MonitoringSection = MonitoringSection()
     nix: NixSection = NixSection()
 
     @field_validator("services")
@@ -560,6 +625,20 @@ class Profile(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _receivers_can_be_reached(self) -> Profile:
+        if self.network.egress:
+            return self
+        for key in ("remote_write", "receivers"):
+            if getattr(self.monitoring, key):
+                raise _wrong(
+                    "the machine reaches nothing outside",
+                    "write true as network.egress, or leave this out",
+                    ("monitoring", key),
+                    ("network", "egress"),
+                )
+        return self
+
     def plan_arguments(self) -> PlanArguments:
         """What plan.make_plan takes: `make_plan(**profile.plan_arguments())`."""
         kept = self.retention
@@ -595,6 +674,11 @@ class Profile(_Section):
             rules=tuple(_rule(r) for r in self.webhooks.rules),
             otlp_endpoint=self.tracing.otlp_endpoint,
             scrape_seconds=self.scrape_seconds,
+            remote_write=self.monitoring.remote_write,
+            alert_receivers=tuple(
+                model.AlertReceiver(r.kind, r.channel, r.to, r.sender, r.smarthost, r.username)
+                for r in self.monitoring.receivers
+            ),
         )
 
     def _agent_share_mb(self) -> int:

@@ -52,6 +52,7 @@ def render(
     environment.filters["from_json"] = json.loads
     names = {
         "plan": plan, "distribution": folder.name, "ssh_announcement": SSH_ANNOUNCEMENT,
+        "engine": "nix" if folder.name == "nixos" else folder.name,
         "console_socket": CONSOLE_SOCKET,
         "log_burst_seconds": LOG_BURST_SECONDS, "relay_address": RELAY_ADDRESS,
         "verify_rule": VERIFY_RULE,

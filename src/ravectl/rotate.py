@@ -133,6 +133,8 @@ def _require_rotatable(declared: Sequence[Secret], name: str) -> None:
         )
     if found[name].kind is SecretKind.AUTHORIZED_KEYS:
         raise UsageError(f"{name} is made of the operator's key", f"rotate {OPERATOR_KEY}")
+    if found[name].kind is SecretKind.DATES:
+        raise UsageError(f"{name} says when the others changed", "rotate one of those")
     if found[name].scope is SecretScope.DERIVED:
         source = found[name].source
         raise UsageError(

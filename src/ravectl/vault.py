@@ -440,6 +440,8 @@ def _value(
 ) -> str | None:
     if s.kind is SecretKind.AUTHORIZED_KEYS:
         return "".join(f"{key} {plan.operator}\n" for key in operator_keys)
+    if s.kind is SecretKind.DATES:
+        return _dates(plan, {**shared.changed, **machine.changed})
     source = shared.values.get(s.source or "")
     if s.kind is SecretKind.HTPASSWD:
         return None if source is None else credentials.htpasswd(plan.operator, source)
@@ -448,6 +450,21 @@ def _value(
     held = machine if s.scope is SecretScope.INSTANCE else shared
     value = held.values.get(s.name)
     return None if value is None else value.rstrip("\n") + "\n"
+
+
+def _dates(plan: Plan, changed: Mapping[str, str]) -> str:
+    """When each secret was changed last, as the node exporter's textfile collector reads it."""
+    metric = "rave_secret_changed_timestamp_seconds"
+    rotated = {
+        s.name for s in plan.secrets if s.kind not in (SecretKind.CA_KEY, SecretKind.CA_CERT)
+    }
+    rows = [
+        f'{metric}{{secret="{name}"}} {int(parse_stamp(date).timestamp())}'
+        for name, date in sorted(changed.items())
+        if name in rotated
+    ]
+    head = f"# HELP {metric} When a secret was changed last.\n# TYPE {metric} gauge\n"
+    return head + "".join(f"{row}\n" for row in rows)
 
 
 def hidden(shared: Vault, machine: Vault) -> dict[str, str]:

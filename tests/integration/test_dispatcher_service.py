@@ -23,7 +23,16 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from rave_dispatcher.service import openapi_document
 from tests import dispatcher
-from tests.dispatcher import AUTH, GITHUB, GITLAB, TOKEN, Dispatcher, github, standard
+from tests.dispatcher import (
+    ALERTS_TOKEN,
+    AUTH,
+    GITHUB,
+    GITLAB,
+    TOKEN,
+    Dispatcher,
+    github,
+    standard,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 PAYLOADS = sorted((ROOT / "tests/integration/payloads").glob("*.json"))
@@ -136,6 +145,15 @@ def test_alerts_become_events(service: Dispatcher) -> None:
     assert service.request("POST", "/alerts", b"{}").status == 415
     unsigned = {"Content-Type": "application/json"}
     is_problem(service.request("POST", "/alerts", json.dumps(body).encode(), unsigned), 401)
+
+
+def test_alertmanagers_token_opens_alerts_and_nothing_else(service: Dispatcher) -> None:
+    row = {"fingerprint": "f", "status": "firing", "startsAt": "2026-01-01T00:00:00Z"}
+    body = json.dumps({"groupKey": "g", "status": "firing", "alerts": [row]}).encode()
+    headers = {"Authorization": f"Bearer {ALERTS_TOKEN}", "Content-Type": "application/json"}
+    assert service.request("POST", "/alerts", body, headers).status == 202
+    for method, path in (("GET", "/v1/events"), ("POST", "/v1/tasks"), ("POST", "/v1/metrics")):
+        is_problem(service.request(method, path, body if method == "POST" else b"", headers), 401)
 
 
 # --- the API ---------------------------------------------------------------------------------

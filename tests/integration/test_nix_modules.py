@@ -111,7 +111,9 @@ def fault(kind: str, value: Any) -> str | None:
         return None if str(value) in {a or b for a, b in known} else wrong
     if kind in ("submodule", "attribute set") or kind.startswith("submodule"):
         return None if isinstance(value, dict) else wrong
-    if kind.startswith(("systemd option", "atom", "boolean or", "attribute set of (boolean")):
+    if kind.startswith(
+        ("systemd option", "sysctl option", "atom", "boolean or", "attribute set of (boolean")
+    ):
         return None if isinstance(value, bool | int | float | str | list | dict) else wrong
     if kind in simple:
         return None if type(value) is simple[kind] else wrong
@@ -293,7 +295,7 @@ def test_nft_accepts_the_ruleset(machine: str) -> None:
 @pytest.mark.parametrize("machine", MACHINES)
 def test_scripts_are_those_of_nixos(machine: str) -> None:
     scripts = {p.stem: p for p in (nixos.flake() / "modules" / machine / "scripts").glob("*.sh")}
-    assert set(scripts) == {"ingress-config", "need", "roles", "router-config", "secrets"}
+    assert set(scripts) == {"ingress-config", "need", "roles", "router-config", "secrets", "units"}
     for path in scripts.values():
         done = subprocess.run(["bash", "-n", path], capture_output=True, check=False)
         assert done.returncode == 0, done.stderr

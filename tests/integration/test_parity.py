@@ -150,9 +150,11 @@ class Debian:
                 found[key] = value.strip("'")
         return found
 
+    def words(self, package: str) -> list[str]:
+        return shlex.split(Unit(self.text(f"etc/default/{package}")).one("ARGS").strip('"'))
+
     def flags(self, package: str) -> dict[str, str]:
-        value = Unit(self.text(f"etc/default/{package}")).one("ARGS").strip('"')
-        return dict((f"{w}=").split("=")[:2] for w in shlex.split(value))
+        return dict((f"{w}=").split("=")[:2] for w in self.words(package))
 
     def secrets(self) -> dict[str, tuple[str, str, str]]:
         """Owner, group and mode of each file of a bundle that has all."""
@@ -228,6 +230,16 @@ def sides(profile: str) -> tuple[Plan, Debian, NixOS]:
 
 # --- rows ---------------------------------------------------------------------------------------
 
+EXPORTERS = {
+    "node": "prometheus-node-exporter",
+    "nginx": "prometheus-nginx-exporter",
+    "postgres": "prometheus-postgres-exporter",
+    "blackbox": "prometheus-blackbox-exporter",
+}
+MONITORING = (
+    "prometheus", "alertmanager", "victoriametrics", "pushgateway", "node-exporter",
+    "nginx-exporter", "postgres-exporter", "blackbox-exporter", "mtail",
+)  # fmt: skip
 OURS = ("kanban", "router", "dispatcher")  # services that neither distribution has
 
 Row = Callable[[Plan, Debian, NixOS], tuple[Any, ...]]
@@ -286,8 +298,11 @@ def listeners(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     here.add(f"{router['HOST']}:{router['PORT']}")
     here.add(debian.socket("rave-dispatcher").one("ListenStream"))
     here.add(f"{debian.postgresql()['listen_addresses']}:{debian.postgresql()['port']}")
-    for package in ("prometheus", "prometheus-node-exporter"):
+    for package in ("prometheus", "prometheus-alertmanager", *EXPORTERS.values()):
         here.add(debian.flags(package)["--web.listen-address"])
+    here.add(debian.flags("prometheus-pushgateway")["--web.listen-address"])
+    here.add(debian.flags("victoria-metrics")["-httpListenAddr"])
+    here.add(_mtail_listens(debian.unit("mtail").one("ExecStart")))
     return expected, here, _nixos_listeners(nix)
 
 
@@ -302,9 +317,18 @@ def _nixos_listeners(nix: NixOS) -> set[str]:
     there |= set(nix.at("systemd.sockets")["rave-dispatcher"]["listenStreams"])
     settings = nix.at("services.postgresql.settings")
     there.add(f"{settings['listen_addresses']}:{settings['port']}")
-    for path in ("services.prometheus", "services.prometheus.exporters.node"):
+    own = ("services.prometheus", "services.prometheus.alertmanager")
+    for path in (*own, *(f"services.prometheus.exporters.{e}" for e in EXPORTERS)):
         there.add(f"{nix.at(path)['listenAddress']}:{nix.at(path)['port']}")
+    there.add(nix.at("services.prometheus.pushgateway.web.listen-address"))
+    there.add(nix.at("services.victoriametrics.listenAddress"))
+    there.add(_mtail_listens(nix.config("mtail")["ExecStart"]))
     return there
+
+
+def _mtail_listens(command: str) -> str:
+    words = command.split()
+    return ":".join(words[words.index(f"--{key}") + 1] for key in ("address", "port"))
 
 
 @row
@@ -442,7 +466,9 @@ def users(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     here["ingress"] = next(w[1] for w, _ in nginx if w[0] == "user")
     there = {n: nix.config(n)["User"] for n in ("kanban", "router")}
     there["ingress"] = nix.at("services.nginx.user")
-    assert nix.at("services.prometheus.exporters.node.user") == plan.service("node-exporter").user
+    for e in EXPORTERS:
+        at = f"services.prometheus.exporters.{e}"
+        assert nix.at(f"{at}.user") == nix.at(f"{at}.group") == plan.service(f"{e}-exporter").user
     return expected, here, there
 
 
@@ -498,6 +524,7 @@ def order(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     """What a unit waits for, by our names."""
     names = {"ssh.service": "ssh", "sshd.service": "ssh", "rave-secrets.service": "secrets"}
     names["sops-install-secrets.service"] = "secrets"
+    names |= {s.unit[e]: s.name for s in plan.services for e in EngineName}
 
     def ours(units: Iterable[str]) -> set[str]:
         return {names.get(u, u) for u in units}
@@ -541,23 +568,186 @@ def scrape_jobs(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     written = yaml.safe_load(debian.text("etc/prometheus/prometheus.yml"))
     assert written["global"] == nix.at("services.prometheus.globalConfig")
     assert written["global"]["scrape_interval"] == f"{plan.scrape_seconds}s"
-    expected = [
-        {
-            "job_name": j.name,
-            "metrics_path": j.path,
-            "static_configs": [{"targets": [f"127.0.0.1:{j.port}"]}],
-        }
-        for j in plan.scrape_jobs
-    ]
-    return expected, written["scrape_configs"], nix.at("services.prometheus.scrapeConfigs")
+    there = nix.at("services.prometheus.scrapeConfigs")
+    for job, row in zip(plan.scrape_jobs, there, strict=True):
+        seconds = f"{job.every_seconds}s"
+        assert (row["job_name"], row["metrics_path"]) == (job.name, job.path)
+        assert (row["scrape_interval"], row["scrape_timeout"]) == (seconds, seconds)
+        assert row.get("honor_labels", False) == job.honor_labels
+        assert row.get("params", {}).get("collect[]", []) == list(job.collect)
+        kept = [r["regex"] for r in row.get("metric_relabel_configs", [])]
+        assert kept == ([job.keep] if job.keep else [])
+        targets = [(t["labels"]["service"], t["targets"]) for t in row["static_configs"]]
+        assert targets == (
+            [(p.service, [p.url]) for p in job.probes]
+            or [(plan.serving(job.port).name, [f"127.0.0.1:{job.port}"])]
+        )
+    return written["scrape_configs"], there
 
 
 @row
-def exporters(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+def rules_and_routes(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    """Rules, alert routes, probes and counting: the same files."""
+    written = yaml.safe_load(debian.text("etc/prometheus/prometheus.yml"))
+    folder = nixos.flake() / "modules" / plan.hostname / "files"
+    names = ("alerts.yml", "slo.yml")
+    assert written["rule_files"] == [f"/etc/prometheus/{n}" for n in names]
+    assert nix.at("services.prometheus.checkConfig") == "syntax-only"
+    here = [debian.text(f"etc/prometheus/{n}") for n in (*names, "blackbox.yml")]
+    here += [debian.text("etc/prometheus/alertmanager.yml"), debian.text("etc/mtail/nginx.mtail")]
+    here += [debian.text("etc/rave/postgres-queries.yml"), debian.text("usr/lib/rave/units")]
+    files = [str(p) for p in nix.at("services.prometheus.ruleFiles")]
+    files.append(str(nix.at("services.prometheus.exporters.blackbox.configFile")))
+    there = [(folder / f.rpartition("-")[2]).read_text() for f in files]
+    there += [nix.at("services.prometheus.alertmanager.configText")]
+    assert nix.config("mtail")["ExecStart"].split()[2].endswith("-mtail")
+    there += [(folder / "mtail/nginx.mtail").read_text(), nix.etc("rave/postgres-queries.yml")]
+    units = (folder.parent / "scripts/units.sh").read_text()
+    # where the names of units differ
+    for s in plan.services:
+        units = units.replace(f" {s.unit['nix']}\n", f" {_group(s.unit['debian'])}\n")
+    return [written["alerting"]["alertmanagers"], written["remote_write"], *here], [
+        nix.at("services.prometheus.alertmanagers"), nix.at("services.prometheus.remoteWrite"),
+        *there, units,
+    ]  # fmt: skip
+
+
+def _group(unit: str) -> str:
+    """Where a unit's control group is, below system.slice."""
+    prefix, template, _ = unit.partition("@")
+    return f"system-{prefix}.slice/{unit}" if template else unit
+
+
+@row
+def critical_metrics(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    written = yaml.safe_load(debian.text("etc/prometheus/prometheus.yml"))
+    flags = debian.flags("victoria-metrics")
+    long = f"{plan.retention.critical_metrics_days}d"
+    assert plan.remote_write[0].startswith(f"http://{flags['-httpListenAddr']}/")
+    there = nix.at("services.victoriametrics")
+    return (
+        (list(plan.remote_write), long),
+        ([r["url"] for r in written["remote_write"]], flags["-retentionPeriod"]),
+        ([r["url"] for r in nix.at("services.prometheus.remoteWrite")], there["retentionPeriod"]),
+    )
+
+
+@row
+def program_flags(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    """Every word that is not of the places which each distribution has of its own."""
+    own = (
+        "--web.listen-address", "--config.file", "--storage.path", "--storage.tsdb.path",
+        "--storage.tsdb.retention.time", "--persistence.file", "-storageDataPath",
+        "-httpListenAddr", "-retentionPeriod",
+    )  # fmt: skip
+    at = {
+        "prometheus": "services.prometheus.extraFlags",
+        "prometheus-alertmanager": "services.prometheus.alertmanager.extraFlags",
+        "prometheus-pushgateway": "services.prometheus.pushgateway.extraFlags",
+        "victoria-metrics": "services.victoriametrics.extraOptions",
+        "prometheus-node-exporter": "services.prometheus.exporters.node.extraFlags",
+        "prometheus-postgres-exporter": "services.prometheus.exporters.postgres.extraFlags",
+        "prometheus-blackbox-exporter": "services.prometheus.exporters.blackbox.extraFlags",
+    }
+    here = {p: {w for w in debian.words(p) if w.split("=")[0] not in own} for p in at}
+    there = {p: set(nix.at(path)) for p, path in at.items()}
     node = nix.at("services.prometheus.exporters.node")
-    here = set(debian.flags("prometheus-node-exporter")) - {"--web.listen-address"}
-    there = {f"--collector.{c}" for c in node["enabledCollectors"]} | set(node["extraFlags"])
+    there["prometheus-node-exporter"] |= {f"--collector.{c}" for c in node["enabledCollectors"]}
+    uri = debian.flags("prometheus-nginx-exporter")["--nginx.scrape-uri"]
+    assert uri == nix.at("services.prometheus.exporters.nginx.scrapeUri")
+    assert nix.at("services.prometheus.pushgateway.persistMetrics")
+    commands = [debian.unit("mtail").one("ExecStart"), nix.config("mtail")["ExecStart"]]
+    for side, command in zip((here, there), commands, strict=True):
+        words = command.split()[1:]
+        del words[words.index("--progs") + 1]  # a folder of its own
+        side["mtail"] = set(words)
     return here, there
+
+
+@row
+def go_programs(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    """Their collectors know their limits."""
+    here, there = {}, {}
+    for name in MONITORING:
+        here[name] = dict(w.split("=") for w in debian.unit(name).one("Environment").split())
+        there[name] = dict(nix.service(name)["environment"])
+        limit = plan.service(name).limits
+        assert here[name]["GOMEMLIMIT"] == f"{limit.memory_mb * 3 // 4}MiB"
+    default = Unit(debian.text("etc/default/prometheus-postgres-exporter"))
+    here["postgres-exporter"] |= {k: v[-1] for k, v in default.items() if k.startswith("DATA_")}
+    assert nix.at("services.prometheus.exporters.postgres.dataSourceName") == ""
+    return here, there
+
+
+@row
+def monitoring_is_local(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    """Only Prometheus (a remote endpoint) and Alertmanager (receivers) may reach the outside."""
+    closed = {n: n != "prometheus" for n in MONITORING}
+    closed["alertmanager"] = not plan.network.egress
+    here = {n: debian.unit(n).get("IPAddressDeny") == ["any"] for n in MONITORING}
+    there = {n: nix.config(n).get("IPAddressDeny") == "any" for n in MONITORING}
+    for n in MONITORING:
+        assert debian.unit(n).get("IPAddressAllow", [None])[-1] == nix.config(n).get(
+            "IPAddressAllow"
+        )
+    return closed, here, there
+
+
+@row
+def counting_units(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    """mtail and rave-units, whose units are ours."""
+    no = ("Exec", "Environment", "WantedBy", "After", "Description")
+
+    def said(value: Any) -> str:
+        return {"True": "yes", "False": "no"}.get(str(value), str(value))
+
+    units = {
+        "mtail": debian.unit("mtail"),
+        "rave-units": Unit(debian.text("etc/systemd/system/rave-units.service")),
+    }
+    here = {
+        name: {k: v[-1] for k, v in unit.items() if not k.startswith(no)}
+        for name, unit in units.items()
+    }
+    here["mtail"]["User"] = plan.service("mtail").user  # its package's
+    services = nix.at("systemd.services")
+    there = {
+        name: {
+            k: said(v[0] if isinstance(v, list) else v)
+            for k, v in services[name]["serviceConfig"].items()
+            if not k.startswith(no)
+        }
+        for name in units
+    }
+    wants = "etc/systemd/system/multi-user.target.wants"
+    for name in units:
+        assert debian.tree.file(f"{wants}/{name}.service").target
+        assert services[name]["wantedBy"] == ["multi-user.target"]
+        assert services[name]["after"] == ["sshd.service"]
+    description = services["rave-units"]["description"]
+    assert description == units["rave-units"].one("Description")
+    assert services["mtail"]["description"] == plan.service("mtail").description
+    assert nix.at("users.users.mtail.group") == "mtail"
+    assert nix.at("users.groups")["mtail"] == {}
+    return here, there
+
+
+@row
+def kernel_settings(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    lines = debian.text("etc/sysctl.d/90-rave.conf").splitlines()
+    here = dict(line.split(" = ") for line in lines if line and line[0] != "#")
+    return here, {k: str(v) for k, v in nix.at("boot.kernel.sysctl").items()}
+
+
+@row
+def figures_of_secrets(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    path = "var/lib/prometheus/node-exporter/rave-secrets.prom"
+    rules = [r.split() for r in nix.at("systemd.tmpfiles.rules")]
+    (there,) = (r[-1] for r in rules if r[1] == f"/{path}")
+    (folder,) = (r for r in rules if r[0] == "d")
+    assert folder[1:4] == [f"/{path.rpartition('/')[0]}", "0755", "prometheus"]
+    assert nix.config("alertmanager")["SupplementaryGroups"] == ["prometheus"]
+    return debian.tree.file(path).target, there
 
 
 @row
@@ -738,7 +928,9 @@ def enabled(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     """Each service of the Plan is on, and starts by itself."""
     on = (
         "services.nginx", "services.openssh", "services.postgresql", "services.prometheus",
-        "services.prometheus.exporters.node", "networking.nftables", "systemd.network",
+        *(f"services.prometheus.exporters.{e}" for e in EXPORTERS), "services.victoriametrics",
+        "services.prometheus.alertmanager", "services.prometheus.pushgateway",
+        "networking.nftables", "systemd.network",
     )  # fmt: skip
     wanted = "etc/systemd/system/multi-user.target.wants"
     here = {debian.tree.file(f"{wanted}/{plan.service(s).unit['debian']}").target for s in OURS}
@@ -803,7 +995,6 @@ OWN = re.compile(
     r"systemd\.services\..*\.(ExecStart|ExecStartPre|ExecReload|RuntimeDirectory\.0|postStart)|"
     r"services\.(resolved|postgresql\.(package|authentication|initdbArgs)|openssh\.openFirewall)|"
     r"services\.nginx\.virtualHosts\..*\.root$|"
-    r"services\.prometheus\.exporters\.node\.group|"
     r"users\.(allowNoPasswordLogin|groups\.www-data|users\..*\.(group|shell|is\w+User)$)"
 )
 
@@ -857,6 +1048,7 @@ def test_rotation_calls_what_both_engines_have() -> None:
     plan, debian, nix = sides("safe")
     assert any(s.activation is Activation.ROLE for s in plan.secrets)
     assert any(s.kind is SecretKind.SCRAM for s in plan.secrets)
-    linked = {r.split()[1] for r in nix.at("systemd.tmpfiles.rules")}
+    rules = [r.split() for r in nix.at("systemd.tmpfiles.rules")]
+    linked = {r[1] for r in rules if r[1].startswith("/usr/lib/")}
     assert linked == {"/usr/lib/rave/secrets", "/usr/lib/rave/roles"}
     assert {"usr/lib/rave/secrets", "usr/lib/rave/roles"} <= {f.path for f in debian.tree.files}

@@ -99,7 +99,9 @@ def profiles(draw: st.DrawFn) -> dict[str, Any]:
     ssh_port, https_port = draw(
         st.tuples(PORTS, PORTS).filter(lambda p: p[0] is None or p[0] != p[1])
     )
+    egress = draw(st.booleans())
     return {
+        "monitoring": {"remote_write": [draw(PROVIDERS)["url"]]} if egress else {},
         "name": draw(NAMES.filter(lambda name: name not in SHIPPED_NAMES)),
         "machine": {
             "memory": f"{memory} MB",
@@ -109,7 +111,7 @@ def profiles(draw: st.DrawFn) -> dict[str, Any]:
         "services": {n: {**s, "memory": f"{s['memory']} MB"} for n, s in services.items()},
         "agents": {"concurrency": draw(st.integers(1, 64))},
         "network": {
-            "egress": draw(st.booleans()),
+            "egress": egress,
             "ssh_port": ssh_port,
             "https_port": https_port,
         },
@@ -154,8 +156,9 @@ def test_any_valid_profile_renders_twice_to_the_same_bytes(written: dict[str, An
     assert tree == rendered(plan_of(written))
     paths = [f.path for f in tree.files]
     assert paths == sorted(set(paths))
-    # the dispatcher's rules have places of their own, which it fills in
-    ours = [f for f in tree.files if not f.path.startswith(("opt/", "etc/rave/dispatcher"))]
+    # the dispatcher's rules and the alerts' texts have places of their own, which they fill in
+    theirs = ("opt/", "etc/rave/dispatcher", "etc/prometheus/alert")
+    ours = [f for f in tree.files if not f.path.startswith(theirs)]
     assert not any("{{" in f.content or "{%" in f.content for f in ours)
 
 
@@ -182,7 +185,7 @@ def test_written_tree_is_the_rendered_one(name: str, tmp_path: Path) -> None:
 def test_profiles_render_to_different_limits_and_retention() -> None:
     safe, full = (rendered(shipped(name)) for name in ("safe", "full-pipe"))
     unit = "etc/systemd/system/vibe-kanban.service"
-    assert "MemoryMax=192M" in safe.file(unit).content
+    assert "MemoryMax=144M" in safe.file(unit).content
     assert "MemoryMax=384M" in full.file(unit).content
     assert "--storage.tsdb.retention.time=3d" in safe.file("etc/default/prometheus").content
     assert "--storage.tsdb.retention.time=7d" in full.file("etc/default/prometheus").content
@@ -193,8 +196,9 @@ def test_profiles_render_to_different_limits_and_retention() -> None:
 API_KEY = "key-of-the-test"
 # delivered, and read by nothing that is rendered
 UNREAD = (
-    "postgres/exporter-password", "dispatcher/api-token", "dispatcher/gitlab-token",
-    "dispatcher/github-secret", "dispatcher/standard-secret",
+    "postgres/exporter-password", "dispatcher/api-token", "dispatcher/alerts-token",
+    "dispatcher/gitlab-token", "dispatcher/github-secret", "dispatcher/standard-secret",
+    "monitoring/secrets.prom",
 )  # fmt: skip
 
 # the tree over stand-ins over this host's root; upper and lower must not lie within each other,
@@ -218,11 +222,21 @@ exec chroot root "$@"
 
 # Units and programs that this host need not have, so stand-ins of what Debian's packages and
 # the base bring: they are not under test, what is rendered on top of them is.
+MONITORING = (
+    "prometheus-alertmanager", "prometheus-pushgateway", "prometheus-node-exporter",
+    "prometheus-nginx-exporter", "prometheus-postgres-exporter", "prometheus-blackbox-exporter",
+    "victoria-metrics",
+)  # fmt: skip
 STANDIN_UNITS = {
-    "prometheus-node-exporter.service": (
-        "[Unit]\nDescription=stand-in\n[Service]\nUser=prometheus\n"
-        "EnvironmentFile=/etc/default/prometheus-node-exporter\n"
-        "ExecStart=/usr/bin/prometheus-node-exporter $ARGS\n"
+    **{
+        f"{name}.service": (
+            "[Unit]\nDescription=stand-in\n[Service]\nUser=prometheus\n"
+            f"EnvironmentFile=/etc/default/{name}\nExecStart=/usr/bin/{name} $ARGS\n"
+        )
+        for name in MONITORING
+    },
+    "mtail.service": (
+        "[Unit]\nDescription=stand-in\n[Service]\nUser=daemon\nExecStart=/usr/bin/mtail\n"
     ),
     "postgresql@.service": (
         "[Unit]\nDescription=stand-in %i\n[Service]\nType=forking\nUser=postgres\n"
@@ -230,7 +244,8 @@ STANDIN_UNITS = {
     ),
 }
 STANDIN_PROGRAMS = (
-    "usr/bin/prometheus-node-exporter",
+    *(f"usr/bin/{name}" for name in MONITORING),
+    "usr/bin/mtail",
     "usr/bin/pg_ctlcluster",
     "usr/lib/postgresql/17/bin/postgres",
     "usr/bin/node",

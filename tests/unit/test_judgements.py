@@ -52,30 +52,6 @@ def swap(old: str, new: str) -> Change:
     return change
 
 
-def alter(pattern: str, new: str) -> Change:
-    """The one match of a pattern becomes `new`: for what differs from recording to recording."""
-
-    def change(text: str) -> str:
-        found, count = re.subn(rf"(?m){pattern}", lambda _: new, text)
-        assert count == 1, f"the recording holds {pattern!r} {count} times"
-        return found
-
-    return change
-
-
-def clock(uptime: str = "39.34", age: str = "40.793") -> Change:
-    """When the machine was asked: seconds since its kernel and since QEMU started."""
-    return chain(
-        alter(r"^== uptime ==\n.*$", f"== uptime ==\n{uptime}"),
-        alter(r"^== age ==\n.*$", f"== age ==\n{age}"),
-    )
-
-
-def finished(us: str) -> Change:
-    """When systemd had started everything: microseconds since the kernel started."""
-    return alter("^FinishTimestampMonotonic=.*$", f"FinishTimestampMonotonic={us}")
-
-
 def chain(*changes: Change) -> Change:
     def change(text: str) -> str:
         for one in changes:
@@ -205,16 +181,57 @@ def match(protocol: str, field: str, right: Any) -> dict[str, Any]:
 
 
 def targets(edit: Callable[[Rows], object]) -> Change:
-    """`edit` what Prometheus says of its targets, the node exporter's first."""
+    """`edit` what Prometheus says of its targets."""
 
     def change(text: str) -> str:
         (line,) = [x for x in text.splitlines() if x.startswith("{")]
         tree = json.loads(line)
-        tree["data"]["activeTargets"].sort(key=lambda t: t["scrapePool"] != "node")
         edit(tree["data"]["activeTargets"])
         return text.replace(line, json.dumps(tree))
 
     return change
+
+
+def loaded(edit: Callable[[Rows], object]) -> Change:
+    """The rules of one group that has several, as Prometheus lists them."""
+
+    def change(text: str) -> str:
+        (line,) = [x for x in text.splitlines() if x.startswith("{") and '"groups"' in x]
+        tree = json.loads(line)
+        (group,) = [g for g in tree["data"]["groups"] if g["name"] == "upkeep"]
+        edit(group["rules"])
+        return text.replace(line, json.dumps(tree))
+
+    return change
+
+
+def regex(pattern: str, new: str) -> Change:
+    """The first match of a pattern becomes something else."""
+
+    def change(text: str) -> str:
+        found, count = re.subn(pattern, new, text, count=1)
+        assert count == 1, f"the recording does not hold {pattern!r}"
+        return found
+
+    return change
+
+
+def counted(route: str, buckets: dict[str, int]) -> Change:
+    """What the ingress says of one route's requests."""
+    return rows({}, lambda r: "counted" in r and r["counted"].update({route: buckets}))
+
+
+def clock(uptime: str, age: str) -> Change:
+    """How long the guest, and its QEMU, ran when it was asked; seconds."""
+    return chain(
+        regex(r"== uptime ==\n.*", f"== uptime ==\n{uptime}"),
+        regex(r"== age ==\n.*", f"== age ==\n{age}"),
+    )
+
+
+def finished(at: int | str) -> Change:
+    """When the boot had finished, in microseconds."""
+    return regex(r"FinishTimestampMonotonic=\d+", f"FinishTimestampMonotonic={at}")
 
 
 def offer(key: str, algorithm: str) -> Change:
@@ -245,6 +262,7 @@ PASSWORD_TRY = {"try": "password"}
 ROOT_TRY = {"try": "key", "user": "root"}
 CONSOLE = "localhost/, signed in"
 LISTENER = 'tcp LISTEN 0 80 {0} 0.0.0.0:* users:(("postgres",pid=9,fd=6))'
+START = clock("39.34", "40.793")  # QEMU needed 1.453 s before the guest's clock began
 SLOW = 90_000_000  # us: a start that S3 does not allow
 
 
@@ -283,32 +301,33 @@ BROKEN = (
            "nginx.service is not-found"),
     Broken("S2", "a unit is masked", unit(NGINX, LoadState="masked"), "nginx.service is masked"),
     Broken("S2", "restarted again and again",
-           chain(unit(ROUTER, NRestarts="7", ActiveEnterTimestampMonotonic="16000000"), clock()),
+           chain(unit(ROUTER, NRestarts="7", ActiveEnterTimestampMonotonic="16000000"), START),
            "claude-code-router.service was restarted 7 times"),
     # S3
     Broken("S3", "a unit came late", chain(
-        finished(f"{SLOW + 1}"),
+        finished(SLOW + 1),
         unit(NGINX, ActiveEnterTimestampMonotonic=str(SLOW)),
-        clock(),
+        START,
     ), "91.5 s, the last was nginx.service"),
     Broken("S3", "never active", unit(NGINX, ActiveEnterTimestampMonotonic="0"),
            "nginx.service has not been active yet"),
     Broken("S3", "QEMU itself was slow", chain(
-        finished(f"{SLOW}"),
-        unit(NGINX, ActiveEnterTimestampMonotonic="55000000"),
-        clock(age="45.793"),
+        finished(SLOW),
+        unit(NGINX, ActiveEnterTimestampMonotonic="59000000"),
+        clock("39.34", "41.84"),
     ), "61.5 s, the last was nginx.service"),
     Broken("S3", "late, by the journal", chain(
         unit(NGINX, ActiveEnterTimestampMonotonic="200000000"),
+        START,
         within("journal", json.dumps({"UNIT": NGINX, "__MONOTONIC_TIMESTAMP": f"{SLOW}"})),
-        clock(),
     ), "91.5 s, the last was nginx.service"),
     # S4
     Broken("S4", "more memory than the profile",
-           alter(r"MemTotal: +\d+", "MemTotal: 8021552"),
-           " MB are used"),
+           chain(regex(r"MemTotal: .*", "MemTotal: 8021552 kB"),
+                 regex(r"MemAvailable: .*", "MemAvailable: 1681752 kB")),
+           "6192 MB are used"),
     Broken("S4", "MemoryMax is another", unit(ROUTER, MemoryMax="infinity"),
-           "MemoryMax is infinity, not 335544320"),
+           f"MemoryMax is infinity, not {SUBJECT.plan.service('router').limits.memory_mb * 2**20}"),
     Broken("S4", "CPUQuota is another", unit(ROUTER, CPUQuotaPerSecUSec="infinity"),
            "CPUQuota is not set, not 200%"),
     Broken("S4", "OOMScoreAdjust is another", unit(ROUTER, OOMScoreAdjust="0"),
@@ -382,10 +401,10 @@ BROKEN = (
     # O1
     Broken("O1", "a target is down",
            targets(lambda t: t[0].update(health="down", lastError="connection refused")),
-           "node is down: connection refused"),
+           "alertmanager is down: connection refused"),
     Broken("O1", "a target was not scraped yet", targets(lambda t: t[0].update(health="unknown")),
-           "node is unknown"),
-    Broken("O1", "a job is missing", targets(lambda t: t.pop(0)), "node is not scraped"),
+           "alertmanager is unknown"),
+    Broken("O1", "a job is missing", targets(lambda t: t.pop(0)), "alertmanager is not scraped"),
     Broken("O1", "a job too many",
            targets(lambda t: t.append({**t[0], "scrapePool": "stranger"})),
            "stranger is scraped and not in the Plan"),
@@ -459,6 +478,44 @@ BROKEN = (
     Broken("D2", "it cannot be opened",
            swap('{"journal_mode"', "rave-dispatcher: the event store x is damaged (y). {"),
            "the event store is damaged"),
+    Broken("D5", "metrics are kept longer", swap('"storage.tsdb.retention.time":"3d"',
+                                                 '"storage.tsdb.retention.time":"30d"'),
+           "metrics: 30d, not 3d"),
+    Broken("D5", "there may be more of them", swap('"storage.tsdb.retention.size":"512M',
+                                                  '"storage.tsdb.retention.size":"2G'),
+           "size of metrics: 2048, not 512"),
+    Broken("D5", "critical ones are kept shorter",
+           regex(r'retentionPeriod="?30d', 'retentionPeriod="3d'),
+           "critical metrics: 3d, not 30d"),
+    Broken("D5", "events are kept longer", swap("retention_days: 7", "retention_days: 70"),
+           "events: 70, not 7"),
+    Broken("D5", "what is older is still there",
+           regex(r"(tsdb_lowest_timestamp_seconds) .*", r"\1 1.0e+09"), "the oldest metric is of"),
+    Broken("O2", "an alert is not loaded", loaded(lambda r: r[0].update(name="Other")),
+           "alert Other is not in the Plan"),
+    Broken("O2", "the alert of backups is gone",
+           loaded(lambda r: r.remove(next(x for x in r if x["name"] == "BackupStale"))),
+           "alert BackupStale is not loaded"),
+    Broken("O2", "a rule cannot be evaluated",
+           loaded(lambda r: r[1].update(health="err", lastError="many-to-many")),
+           "fails: many-to-many"),
+    Broken("O2", "a rule failed before", regex(r"(evaluation_failures_total{.*}) 0", r"\1 3"),
+           "prometheus_rule_evaluation_failures_total is 3"),
+    Broken("O2", "no receiver", swap('[{"name":"dispatcher"}]', '[{"name":"nobody"}]'),
+           "receiver dispatcher is missing"),
+    Broken("O2", "nobody is told",
+           regex(r'"activeAlertmanagers":\[[^]]*\]', '"activeAlertmanagers":[]'),
+           "sends to 0 Alertmanagers"),
+    Broken("O2", "any number of queries", swap('"query.max-concurrency":"4"',
+                                              '"query.max-concurrency":"20"'),
+           "20 queries at once, not 4"),
+    Broken("O3", "no alert", rows({}, lambda r: r.update(fired=None)), "no alert came"),
+    Broken("O3", "too late", rows({}, lambda r: r.update(fired=r["stopped"] + 30.0)),
+           "the alert came after 30.0 s"),
+    Broken("O3", "it never ends", rows({}, lambda r: r.update(resolved=None)),
+           "the alert's end did not come"),
+    Broken("O3", "it ends late", rows({}, lambda r: r.update(resolved=r["started"] + 61.0)),
+           "the alert's end came after 61.0 s"),
     Broken("O4", "traces are incomplete", swap("ratio 1.0", "ratio 0.94"), "only 94.0% have one"),
     Broken("O4", "no traces at all", swap("ratio 1.0", "ratio 0.0"), "only 0.0% have one"),
     # H3
@@ -506,6 +563,10 @@ BROKEN = (
            "kanban: p99 is 210 ms"),
     Broken("H4", "exactly the limit", put({"route": "kanban"}, ms=[200.0] * 500),
            "kanban: p99 is 200 ms"),
+    Broken("H4", "slow by the ingress's count",
+           counted("kanban", {"0.2": 480, "+Inf": 500}), "kanban: 20 of 500 took 200 ms or more"),
+    Broken("H4", "the ingress counted others", counted("kanban", {"0.2": 9, "+Inf": 9}),
+           "kanban: 9 requests are counted"),
     Broken("H4", "other answers", put({"route": "kanban"}, unexpected={"502": 3}),
            "kanban: 3 times 502"),
     Broken("H4", "not all answered", put({"route": "kanban"}, ms=[10.0] * 400),
@@ -575,12 +636,20 @@ UNREADABLE = (
      rows({}, lambda r: "stored" in r and r.update(stored=None))),
     ("H6", "nobody counted", rows({}, lambda r: r.pop("counted", None))),
     ("D2", "there is no such command", swap('{"journal_mode"', "bash: not found: ")),
+    ("D5", "VictoriaMetrics does not answer", regex("retentionPeriod=", "x=")),
+    ("D5", "no time", without("now")),
+    ("D5", "the dispatcher's configuration is not there", swap("retention_days", "days")),
+    ("O2", "not Prometheus", swap('{"status":"success"', "502 Bad Gateway")),
+    ("O2", "Alertmanager does not answer", without("receivers")),
+    ("O2", "nobody counted failures", without("figures")),
+    ("O3", "nobody knows when it stopped", rows({}, lambda r: r.update(stopped=None))),
     ("O4", "the dispatcher does not answer",
      swap("rave_dispatcher_trace_coverage_ratio 1.0", "curl: (7) Failed")),
     ("O4", "a number that is none", swap("ratio 1.0", "ratio NaN")),
     ("H3", "old TLS not tried", lost({"try": "old"}, "refused", error="no protocols available")),
     ("H3", "the chain was not tried", gone({"try": "untrusted"})),
     ("H3", "a page was not asked for", gone({"page": CONSOLE})),
+    ("H4", "the ingress does not count", rows({}, lambda r: r.pop("counted", None))),
     ("H4", "a route was not asked", gone({"route": "kanban"})),
     ("H4", "times that are no numbers", put({"route": "kanban"}, ms=["fast"])),
     ("H4", "times that are no times", put({"route": "kanban"}, ms=[float("nan")] * 500)),
@@ -664,7 +733,7 @@ def test_a_unit_restarted_after_the_boot_started_when_it_first_did() -> None:
 
 
 def test_quiet_restarts_of_long_ago_are_no_fault() -> None:
-    change = chain(unit(ROUTER, NRestarts="7"), clock("99.34", "100.8"))
+    change = chain(unit(ROUTER, NRestarts="7"), clock("99.34", "100.793"))
     assert judge(BY_ID["S2"], change(recorded(BY_ID["S2"]))).ok
 
 

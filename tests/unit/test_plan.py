@@ -125,7 +125,7 @@ def test_secrets_are_known_readable_and_closed_to_others(plan: Plan) -> None:
     assert len(secrets) == len(plan.secrets)
     for service in plan.services:
         assert set(service.secrets) <= set(secrets), service.name
-    public = {"ssh/authorized-keys", "ingress/tls-cert"}
+    public = {"ssh/authorized-keys", "ingress/tls-cert", "monitoring/secrets.prom"}
     for name, secret in secrets.items():
         assert int(secret.mode, 8) & 0o007 == (0o004 if name in public else 0), name
 
@@ -136,6 +136,6 @@ def test_accounts_are_distinct_and_only_the_operator_is_powerful(plan: Plan) -> 
 
 
 def test_every_service_user_is_an_account_or_comes_with_a_package(plan: Plan) -> None:
-    packaged = {"root", "www-data", "postgres", "prometheus"}
+    packaged = {"root", "www-data", "postgres", "prometheus", "_victoria-metrics", "mtail"}
     ours = {a.name for a in plan.accounts}
     assert {s.user for s in plan.services} <= packaged | ours

@@ -11,9 +11,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ravectl import credentials, files, profile
+from ravectl import credentials, files, images, profile
 from ravectl.errors import EXIT_USAGE, ProfileError, UsageError
 from ravectl.model import RESERVED_MB, SERVICE_NAMES, SecretKind
+from ravectl.plan import make_plan
 from ravectl.profile import Profile
 
 ALWAYS = settings(deadline=None, max_examples=150)
@@ -321,7 +322,7 @@ def test_extends_that_is_no_name(tmp_path: Path, value: str) -> None:
 
 def test_memory_promised_twice_names_sum_limit_and_largest(tmp_path: Path) -> None:
     e = error(tmp_path, "extends: safe\nservices:\n  kanban:\n    memory: 700 MB\n")
-    total = sum(s.memory_mb for s in profile.load("safe", None).services.values()) + 700 - 192
+    total = sum(s.memory_mb for s in profile.load("safe", None).services.values()) + 700 - 144
     assert ":4: services.kanban.memory:" in e.message
     assert f"sums to {total} MB, 1664 MB are there" in e.message
     assert "the largest is kanban with 700 MB" in e.message
@@ -632,3 +633,49 @@ def test_an_expression_that_re_refuses_in_another_way_is_an_error(tmp_path: Path
     )
     text = f"extends: safe\nname: mine\nwebhooks: {{rules: [{rule % ('9' * 20)}]}}\n"
     assert "repetition number is too large" in str(error(tmp_path, text))
+
+
+# --- whom alerts go to --------------------------------------------------------------------------
+
+OPEN = "extends: full-pipe\nname: mine\n"
+MAIL = "{kind: email, to: a@example.org, from: b@example.org, smarthost: 'm.example.org:587'}"
+
+
+def test_receivers_and_endpoints_get_into_the_plan(tmp_path: Path) -> None:
+    path = tmp_path / "rave.yaml"
+    path.write_text(
+        f"{OPEN}monitoring:\n  remote_write: [https://metrics.example.org/api/v1/write]\n"
+        f"  receivers: [{{kind: slack, channel: '#ops'}}, {{kind: webhook}}, {MAIL}]\n"
+    )
+    plan = make_plan(**profile.select(None, {}, path).plan_arguments())
+    assert plan.remote_write[1:] == ("https://metrics.example.org/api/v1/write",)
+    assert plan.remote_write[0].startswith("http://127.0.0.1:")
+    slack, webhook, mail = plan.alert_receivers
+    assert (slack.channel, webhook.kind, mail.sender) == ("#ops", "webhook", "b@example.org")
+    written = images.render_debian(plan).file("etc/prometheus/alertmanager.yml").content
+    document = yaml.safe_load(written)
+    names = [r["name"] for r in document["receivers"]]
+    assert names == ["dispatcher", "slack", "webhook", "email"]
+    routes = document["route"]["routes"]
+    # the first that matches ends it, unless it says to go on
+    assert [r.get("continue", False) for r in routes] == [True, True, True, False]
+    assert [r["receiver"] for r in routes] == names
+    for name in ("slack-url", "webhook-url"):
+        assert f"/run/secrets/alerts/{name}" in written
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ("extends: safe\nmonitoring: {receivers: [{kind: webhook}]}", "reaches nothing outside"),
+        ("extends: safe\nmonitoring: {remote_write: [https://x.org/w]}", "reaches nothing outside"),
+        (OPEN + "monitoring: {receivers: [{kind: slack}]}", "of kind slack lacks channel"),
+        (OPEN + "monitoring: {receivers: [{kind: webhook, channel: '#a'}]}", "has no channel"),
+        (OPEN + "monitoring: {receivers: [{kind: webhook}, {kind: webhook}]}", "is there twice"),
+        (OPEN + "monitoring: {receivers: [{kind: slack, channel: ops}]}", "is not a channel"),
+        (OPEN + "monitoring: {receivers: [{kind: email, to: a@b.org}]}", "lacks from, smarthost"),
+        (OPEN + "monitoring: {remote_write: [http://x.org/w]}", "is not the address of an API"),
+    ],
+)
+def test_receivers_that_cannot_work_are_refused(tmp_path: Path, text: str, cause: str) -> None:
+    assert cause in error(tmp_path, text).message

@@ -21,7 +21,8 @@ NOW = datetime.datetime(2026, 11, 24, 12, 0, tzinfo=datetime.UTC)
 PLANS = {"one": PLAN, "two": PLAN}
 ROUTINE = {
     "ingress/tls-key", "ingress/tls-cert", "ingress/password", "ccr/api-key",
-    "postgres/exporter-password", "dispatcher/api-token", "dispatcher/gitlab-token",
+    "postgres/exporter-password", "dispatcher/api-token", "dispatcher/alerts-token",
+    "dispatcher/gitlab-token",
     "dispatcher/github-secret", "dispatcher/standard-secret",
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ from ravectl import profile, verify
 from ravectl.errors import RavectlError, UsageError
 from ravectl.model import CheckResult, Endpoint, EngineName, Outcome, Report, Suite
 from ravectl.plan import make_plan
-from ravectl.verify import framework
+from ravectl.verify import alerting, framework
 from ravectl.verify.framework import Check, Judgement, Probe, Subject, VerifyTarget, judged
 from ravectl.verify.http import console_faults
 
@@ -277,3 +277,20 @@ def test_the_consoles_policy(page: str, policy: str, good: bool) -> None:
     row = {"page": page, "headers": {"Content-Security-Policy": policy}}
     assert (console_faults(row) == []) is good
     assert console_faults({"page": "localhost/, signed in"}) != []
+
+
+def test_only_the_alert_of_the_stopped_service_counts_and_only_after_the_stop() -> None:
+    def event(service: str, at: str, name: str = "ServiceDown") -> dict[str, object]:
+        labels = {"alertname": name, "service": service}
+        return {"timestamp": at, "payload": {"alerts": [{"labels": labels}]}}
+
+    def seen(*events: dict[str, object]) -> float | None:
+        return alerting.arrived(json.dumps({"items": events}).encode(), 1795575600.0)
+
+    late, early = "2026-11-25T03:00:20+00:00", "2026-11-25T02:59:50Z"
+    assert seen(event("kanban", late)) == 1795575620.0
+    assert seen(event("kanban", early)) is None
+    assert seen(event("router", late)) is None
+    assert seen(event("kanban", late, "OomKill")) is None
+    assert seen({"timestamp": late, "payload": []}, event("kanban", late)) == 1795575620.0
+    assert alerting.arrived(b"<html>", 0.0) is None

@@ -33,7 +33,7 @@ from ravectl.errors import HostError, RavectlError
 from ravectl.model import Account
 
 SUITE = "trixie"
-RECIPE = 6  # raise it when this module makes another base from the same inputs
+RECIPE = 7  # raise it when this module makes another base from the same inputs
 # Newer time stamps are set to this one: 2026-01-01, before which every package of a point
 # release that matters here was built, so that most keep their own.
 EPOCH = 1767225600
@@ -56,6 +56,7 @@ PACKAGES = (
     "iproute2",
     "less",
     "linux-image-cloud-amd64",
+    "mtail",
     "nftables",
     "nginx",
     "nodejs",
@@ -63,11 +64,17 @@ PACKAGES = (
     "postgresql",
     "procps",
     "prometheus",
+    "prometheus-alertmanager",
+    "prometheus-blackbox-exporter",
+    "prometheus-nginx-exporter",
     "prometheus-node-exporter",
+    "prometheus-postgres-exporter",
+    "prometheus-pushgateway",
     "python3",
     "sudo",
     "systemd-sysv",
     "udev",
+    "victoria-metrics",
     "zlib1g",
 )
 

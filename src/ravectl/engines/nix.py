@@ -51,6 +51,7 @@ TEST_VALUES = {
     SecretKind.HTPASSWD: "$(cat htpasswd)",
     SecretKind.SCRAM: "$(cat scram)",
     SecretKind.AUTHORIZED_KEYS: "$(cat host.pub)",
+    SecretKind.DATES: "# none",
     SecretKind.GIVEN: "",
 }
 

@@ -7,7 +7,7 @@ from typing import Final
 
 from ravectl.errors import UsageError
 from ravectl.model import CheckResult, Report, Suite
-from ravectl.verify import events, http, observability, secrecy, security, service
+from ravectl.verify import alerting, events, http, observability, secrecy, security, service
 from ravectl.verify.framework import Check, VerifyTarget, execute
 
 CHECKS: Final[tuple[Check, ...]] = (
@@ -15,10 +15,12 @@ CHECKS: Final[tuple[Check, ...]] = (
     *http.CHECKS,
     *events.HTTP_CHECKS,
     *events.DATA_CHECKS,
+    *alerting.DATA_CHECKS,
     *secrecy.CHECKS[1:],
     *security.CHECKS,
     *secrecy.CHECKS[:1],
     *observability.CHECKS,
+    *alerting.OBSERVABILITY_CHECKS,
     *events.OBSERVABILITY_CHECKS,
 )
 

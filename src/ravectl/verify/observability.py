@@ -40,7 +40,8 @@ def targets_script(subject: Subject) -> str:
         port = subject.plan.service("prometheus").ports[0]
     except (KeyError, IndexError):
         port = PROMETHEUS_PORT
-    return TARGETS_SCRIPT % {"port": port, "wait": min(subject.plan.scrape_seconds + 2, 20)}
+    slowest = max((j.every_seconds for j in subject.plan.scrape_jobs), default=0)
+    return TARGETS_SCRIPT % {"port": port, "wait": min(slowest + 2, 35)}
 
 
 def _collect_targets(target: VerifyTarget, deadline: float) -> str:
@@ -50,9 +51,8 @@ def _collect_targets(target: VerifyTarget, deadline: float) -> str:
 def judge_targets(subject: Subject, output: str) -> Judgement:
     """Prometheus scrapes what the Plan says, no more and no less, and all of it is up."""
     jobs = subject.plan.scrape_jobs
-    expected = f"the {len(jobs)} scrape targets of the Plan are up: " + ", ".join(
-        j.name for j in jobs
-    )
+    count = sum(j.targets for j in jobs)
+    expected = f"the {count} scrape targets of the Plan are up: " + ", ".join(j.name for j in jobs)
     parts = guest.sections(output)
     if parts is None or not jobs:
         return unreadable(expected, "Prometheus's answer is incomplete")
@@ -66,6 +66,8 @@ def judge_targets(subject: Subject, output: str) -> Judgement:
         mine = [t for t in targets if t.get("scrapePool") == job.name]
         if not mine:
             faults.append(f"{job.name} is not scraped")
+        elif len(mine) != job.targets:
+            faults.append(f"{job.name} has {len(mine)} targets, not {job.targets}")
         faults += [f"{job.name} {fault}" for t in mine for fault in _target_faults(job, t)]
     known = {j.name for j in jobs}
     unknown = sorted({str(t.get("scrapePool")) for t in targets} - known)

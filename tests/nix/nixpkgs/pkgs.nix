@@ -41,6 +41,7 @@ let
     "findutils"
     "git"
     "jq"
+    "mtail"
     "nixfmt"
     "nixfmt-tree"
     "openssh"

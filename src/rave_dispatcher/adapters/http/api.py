@@ -43,6 +43,7 @@ class Services:
     metrics: Metrics
     store: EventStore
     tokens: Callable[[], tuple[bytes, ...]]
+    alert_tokens: Callable[[], tuple[bytes, ...]]  # of /alerts, beside those
     faults: Callable[[], list[str]]  # why no requests can be served now
     wake_rules: Callable[[], None]
 
@@ -71,19 +72,24 @@ def make_app(services: Services) -> FastAPI:
     )
     problems.install(app)
 
-    def authorize(
-        bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)],
-    ) -> None:
-        given = bearer.credentials.encode("utf-8", "replace") if bearer else b""
-        if not _matches(given, services.tokens()):
-            services.metrics.auth_failed("api-token")
-            raise UnauthenticatedError("a valid bearer token is needed", "api-token")
+    def authorize(kind: str, *accepted: Callable[[], tuple[bytes, ...]]) -> Any:
+        def judge(
+            bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)],
+        ) -> None:
+            given = bearer.credentials.encode("utf-8", "replace") if bearer else b""
+            if not _matches(given, tuple(t for tokens in accepted for t in tokens())):
+                services.metrics.auth_failed(kind)
+                raise UnauthenticatedError("a valid bearer token is needed", kind)
 
+        return Depends(judge)
+
+    api_token = authorize("api-token", services.tokens)
+    alerts_token = authorize("alerts-token", services.tokens, services.alert_tokens)
     app.include_router(_webhooks(services))
-    app.include_router(_alerts(services), dependencies=[Depends(authorize)])
+    app.include_router(_alerts(services), dependencies=[alerts_token])
     for make in (_events, _tasks, _task, _more):
         app.include_router(
-            make(services), prefix="/v1", dependencies=[Depends(authorize)],
+            make(services), prefix="/v1", dependencies=[api_token],
             responses=_problem(400, 401, 413, 415, 429, 503),
         )  # fmt: skip
     app.include_router(_operations(services))
