@@ -275,6 +275,14 @@ def test_a_migration_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.Monke
         assert c.execute("SELECT name FROM sqlite_master WHERE name = 'good'").fetchall() == []
 
 
+def test_no_question_for_a_type_walks_through_all_events(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "x.db", isolation_level=None)) as c:
+        schema.migrate(c)
+        asked = "SELECT * FROM events WHERE event_type = ? AND seq < ? ORDER BY seq DESC LIMIT 20"
+        (plan,) = c.execute(f"EXPLAIN QUERY PLAN {asked}", ("push", 9)).fetchall()
+        assert "USING INDEX events_type" in plan[-1]
+
+
 def test_a_store_of_a_former_version_goes_on_with_what_it_has(tmp_path: Path) -> None:
     with dispatcher.running(tmp_path, rules=RULES) as d:
         d.hook(b'{"n": 1}')
@@ -282,7 +290,9 @@ def test_a_store_of_a_former_version_goes_on_with_what_it_has(tmp_path: Path) ->
         assert d.stop() == 0
     with contextlib.closing(sqlite3.connect(d.store)) as c:
         # as the first version had it
-        c.executescript("ALTER TABLE tasks DROP COLUMN rule; PRAGMA user_version = 1;")
+        c.executescript(
+            "ALTER TABLE tasks DROP COLUMN rule; DROP INDEX events_type; PRAGMA user_version = 1;"
+        )
     with dispatcher.running(tmp_path / "later", rules=RULES, store=d.config["store"]) as d:
         (task,) = d.wait_for("/v1/tasks", lambda p: p["items"])["items"]
         assert task["status"] == "completed"

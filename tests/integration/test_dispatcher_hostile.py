@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from rave_dispatcher import service
+from rave_dispatcher.adapters.store.sqlite import MAX_SPANS
 from rave_dispatcher.adapters.systemd import Notifier, Sockets
 from rave_dispatcher.application.ports import TaskFilter
 from rave_dispatcher.config import Config
@@ -81,6 +82,15 @@ def test_who_is_refused_leaves_nothing_on_the_disk(tmp_path: Path) -> None:
         spans = d.wait_for(f"/v1/traces/{trace}", lambda page: page["items"])["items"]
         assert [s["name"] for s in spans] == ["POST /webhooks/{source}"]
         assert d.metric("rave_dispatcher_http_requests_total") >= 5
+
+
+def test_a_trace_that_senders_made_endless_is_shown_in_part(tmp_path: Path) -> None:
+    trace = "1af7651916cd43dd8448eb211c80319c"
+    with running(tmp_path) as d, contextlib.closing(sqlite3.connect(d.store)) as c, c:
+        rows = ((trace, f"{n:016x}", n, n + 1) for n in range(MAX_SPANS + 500))
+        c.executemany("INSERT INTO spans VALUES (?, ?, NULL, 'x', ?, ?, 1, '{}')", rows)
+        c.commit()
+        assert len(d.api("GET", f"/v1/traces/{trace}").json()["items"]) == MAX_SPANS
 
 
 def peak_mb(d: Dispatcher) -> float:

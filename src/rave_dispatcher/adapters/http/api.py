@@ -339,7 +339,7 @@ def _more(services: Services) -> APIRouter:
 
     @router.get("/traces/{trace_id}")
     async def trace(trace_id: str) -> contract.Page[contract.Span]:
-        """The spans of a trace that are kept."""
+        """The spans of a trace that are kept, the first 1,000 of them."""
         rows = await services.store.trace(trace_id)
         spans = [
             contract.Span(

@@ -94,6 +94,8 @@ MIGRATIONS = (
     CREATE INDEX metrics_timestamp ON metrics (timestamp_ms);
     """,
     "ALTER TABLE tasks ADD COLUMN rule TEXT;",
+    # who asks for the events of a seldom type need not wait for a walk through all of them
+    "CREATE INDEX events_type ON events (event_type, seq);",
 )
 VERSION = len(MIGRATIONS)
 APPLICATION_ID = 0x52415645  # "RAVE": tells our files from others'

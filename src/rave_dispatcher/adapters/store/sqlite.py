@@ -44,6 +44,7 @@ from rave_dispatcher.domain.tasks import Task
 
 T = TypeVar("T")
 LOG_PIECE = 64 * 1024
+MAX_SPANS = 1000  # of a trace that is shown: senders may name one trace for all they send
 PAGE_BYTES = 4 * 2**20  # of a list: what senders wrote must not fill the memory
 
 
@@ -263,9 +264,9 @@ class EventStore:
         self._writer.post(lambda c: c.execute(sql, (text,)))
 
     async def trace(self, trace_id: str) -> list[SpanRow]:
-        """The spans of a trace, in their order."""
-        sql = "SELECT * FROM spans WHERE trace_id = ? ORDER BY start_ns, span_id"
-        rows = await self._read(lambda c: c.execute(sql, (trace_id,)).fetchall())
+        """The spans of a trace, in their order: the first MAX_SPANS."""
+        sql = "SELECT * FROM spans WHERE trace_id = ? ORDER BY start_ns, span_id LIMIT ?"
+        rows = await self._read(lambda c: c.execute(sql, (trace_id, MAX_SPANS)).fetchall())
         return [
             SpanRow(i, span, parent, name, start, end, bool(ok), attributes)
             for i, span, parent, name, start, end, ok, attributes in rows
