@@ -59,7 +59,7 @@ def test_a_profile_says_how_nix_builds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "substituters: ['https://user:password@cache.test']",
+        "substituters: ['https://user:password@cache.test']",  # pragma: allowlist secret
         "substituters: ['ssh://host']",
         "substituters: ['https://a b']",
         "trusted_public_keys: [abc]",

@@ -260,7 +260,14 @@ def test_error_names_file_line_key_and_remedy(
     assert_readable(e)
 
 
-@pytest.mark.parametrize("url", ["ftp://x", "http://example.org/v1", "https://me:pass@host/v1"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://x",
+        "http://example.org/v1",
+        "https://me:pass@host/v1",  # pragma: allowlist secret
+    ],
+)
 def test_prompts_and_keys_do_not_travel_in_clear_or_to_nowhere(tmp_path: Path, url: str) -> None:
     provider = f"{{name: a, url: '{url}', models: [m]}}"
     e = error(tmp_path, f"extends: safe\nrouter:\n  providers:\n  - {provider}")
