@@ -41,7 +41,7 @@ agents:
 """
 # each is a sum of failures since the start of the load
 QUERIES = {
-    "scrapes that failed": "sum(count_over_time((up == 0)[{s}s:5s])) or vector(0)",
+    "scrapes that failed": "sum by (job) (count_over_time(up[{s}s]) - sum_over_time(up[{s}s]))",
     "rules that failed": "sum(increase(prometheus_rule_evaluation_failures_total[{s}s]))",
     "rounds of rules that were missed": (
         "sum(increase(prometheus_rule_group_iterations_missed_total[{s}s]))"
@@ -79,12 +79,12 @@ class Machine:
             sys.exit(f"ravectl {words[0]} failed")
         return done.stdout
 
-    def ask(self, query: str) -> float:
-        """What Prometheus says to a query for one number."""
+    def ask(self, query: str) -> dict[str, float]:
+        """What Prometheus says to a query, by job."""
         url = f"http://127.0.0.1:9090/api/v1/query?query={quote(query)}"
         answer = json.loads(self("exec", "--", "curl", "-sS", "--max-time", "30", url))
-        (found,) = answer["data"]["result"]
-        return float(found["value"][1])
+        rows = answer["data"]["result"]
+        return {r["metric"].get("job", ""): float(r["value"][1]) for r in rows}
 
 
 class Load:
@@ -189,7 +189,11 @@ def report(figures: dict[str, Any]) -> None:
         ("  a second", f"{figures['rate']:.1f}", "50"),
         ("  p99, from this host", f"{1000 * figures['p99']:.0f} ms", ""),
         ("the agent's task at the end", figures["task"], "running"),
-        *((n, f"{f:.0f}", "0") for n, f in figures["failures"].items()),
+        *(
+            (name + "".join(f", {job}" for job, n in found.items() if n and job),
+             f"{sum(found.values()):.0f}", "0")
+            for name, found in figures["failures"].items()
+        ),
         *((f"  {n}, at most", f"{b / MB:.0f} MB", "") for n, b in most.items()),
     ]  # fmt: skip
     for what, figure, target in rows:
