@@ -150,12 +150,11 @@ class Tracing(_Part):
 
 
 class ConsoleUnit(_Part):
-    """A service as the console lists it: its systemd unit, and the scrape job that asks it."""
+    """A service as the console lists it, by the name that its metrics have too."""
 
     name: str
     title: str
     unit: str
-    job: str | None = None
 
 
 class Link(_Part):

@@ -197,7 +197,7 @@ def test_units_and_alerts_are_prometheus(site: Site) -> None:
     assert found["units"]["error"] is found["alerts"]["error"] is None
     states = {u["unit"]: u["state"] for u in found["units"]["rows"]}
     assert states == {
-        s.unit["debian"]: "failed" if s.unit["debian"] == console.FAILED else "active"
+        s.unit["debian"]: "not running" if s.unit["debian"] == console.STOPPED else "active"
         for s in console.PLAN.services
     }
     first, second = found["alerts"]["rows"]
@@ -352,7 +352,7 @@ def test_it_shows_what_there_is_and_complains_of_nothing(browser: Browser, site:
         expect(v.page.locator("#verdict")).to_contain_text("1 alert firing")
         assert v.page.title() == "(!) rave-safe console"
         assert v.page.locator("#units li").count() == len(console.PLAN.services)
-        expect(v.page.locator("#units li", has_text=console.FAILED)).to_contain_text("failed")
+        expect(v.page.locator("#units li", has_text=console.STOPPED)).to_contain_text("not running")
         assert v.page.locator("figure canvas").count() == 7
         expect(v.page.locator("#freshness")).to_contain_text("Live")
         for name in ("Vibe Kanban", "Claude Code Router", "Health"):

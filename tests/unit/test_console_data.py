@@ -29,7 +29,7 @@ POINTS = queries.grid("1h", 1_800_000_007.5, 10)
 CPU = queries.CHARTS[0]
 LATENCY = next(c for c in queries.CHARTS if c.key == "latency")
 UNITS = (
-    ConsoleUnit(name="a", title="A", unit="a.service", job="a"),
+    ConsoleUnit(name="a", title="A", unit="a.service"),
     ConsoleUnit(name="b", title="B", unit="b@1-main.service"),
 )
 
@@ -106,29 +106,25 @@ def test_another_answer_is_told_from_no_data(answer: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("systemd", "answers", "state"),
+    ("runs", "answers", "state"),
     [
-        ("active", 1, "active"),
-        ("active", None, "active"),
-        ("active", 0, "not answering"),
-        ("failed", 0, "failed"),
-        ("inactive", 1, "inactive"),
+        (1, 1, "active"),
+        (1, None, "active"),
+        (1, 0, "not answering"),
+        (0, 0, "not running"),
+        (0, 1, "not running"),  # asked before it stopped
+        (0, None, "not running"),
         (None, 1, "active"),
         (None, 0, "not answering"),
         (None, None, "no data"),
     ],
 )
-def test_the_state_of_a_unit(systemd: str | None, answers: float | None, state: str) -> None:
-    states = {} if systemd is None else {"a.service": systemd}
-    targets = {} if answers is None else {"a": answers}
-    first, second = queries.unit_rows(UNITS, states, targets)
+def test_the_state_of_a_unit(runs: float | None, answers: float | None, state: str) -> None:
+    running = {} if runs is None else {"a": runs}
+    answering = {} if answers is None else {"a": answers}
+    first, second = queries.unit_rows(UNITS, running, answering)
     assert first["state"] == state
     assert second["state"] == "no data"
-
-
-def test_names_of_units_are_quoted_twice() -> None:
-    path = queries.unit_states_path(UNITS)
-    assert "a%5C%5C.service%7Cb%401%5C%5C-main%5C%5C.service" in path
 
 
 def alert(name: str, state: str, severity: str | None, since: str) -> dict[str, Any]:

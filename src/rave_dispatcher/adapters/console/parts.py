@@ -69,22 +69,21 @@ class Parts:
         return _json(found)
 
     async def _make_state(self) -> bytes:
-        units = self._config.units
-        paths = (queries.unit_states_path(units), queries.targets_path(), queries.alerts_path())
-        states, targets, alerts = await asyncio.to_thread(self._prometheus.ask, paths)
-        return _json({"units": self._units(states, targets), "alerts": _alerts(alerts)})
+        paths = (queries.running_path(), queries.answering_path(), queries.alerts_path())
+        running, answering, alerts = await asyncio.to_thread(self._prometheus.ask, paths)
+        return _json({"units": self._units(running, answering), "alerts": _alerts(alerts)})
 
-    def _units(self, states: Any, targets: Any) -> dict[str, Any]:
-        error = next((str(a) for a in (states, targets) if isinstance(a, PrometheusError)), None)
-        by_unit: Mapping[str, Any] = {}
-        by_job: Mapping[str, Any] = {}
+    def _units(self, running: Any, answering: Any) -> dict[str, Any]:
+        answers = (running, answering)
+        error = next((str(a) for a in answers if isinstance(a, PrometheusError)), None)
+        runs: Mapping[str, float | None] = {}
+        responds: Mapping[str, float | None] = {}
         if error is None:
             try:
-                by_unit = queries.labelled(states, "name", "state")
-                by_job = queries.labelled(targets, "job")
+                runs, responds = (queries.by_service(a) for a in answers)
             except _ODD:
                 error = ODD
-        return {"rows": queries.unit_rows(self._config.units, by_unit, by_job), "error": error}
+        return {"rows": queries.unit_rows(self._config.units, runs, responds), "error": error}
 
     def _charts_of(self, period: str) -> Callable[[], Any]:
         async def make() -> bytes:

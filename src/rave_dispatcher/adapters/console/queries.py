@@ -7,9 +7,7 @@ shown as zero.
 
 from __future__ import annotations
 
-import json
 import math
-import re
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -143,16 +141,15 @@ def _instant(query: str) -> str:
     )
 
 
-def unit_states_path(units: Sequence[ConsoleUnit]) -> str:
-    """The request for what systemd says of the units."""
-    # a quoted string of PromQL has the escapes of JSON's
-    names = json.dumps("|".join(re.escape(u.unit) for u in units))
-    return _instant(f"node_systemd_unit_state{{name=~{names}}} == 1")
+def running_path() -> str:
+    """The request for which services' units run."""
+    return _instant("rave_unit_running")
 
 
-def targets_path() -> str:
-    """The request for which scrape jobs answer."""
-    return _instant("min by (job) (up)")
+def answering_path() -> str:
+    """The request for which services answer: who scrapes them, and who asks as clients do."""
+    # the job that probes is collected from the prober, whatever the probed service does
+    return _instant('min by (service) (up{job!="probes"} or probe_success)')
 
 
 def alerts_path() -> str:
@@ -187,32 +184,34 @@ def _number(text: str) -> float | None:
     return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
-def labelled(answer: Any, label: str, value: str | None = None) -> dict[str, Any]:
-    """Of an instant query's rows, by a label: another label's value, or the sample's."""
+def by_service(answer: Any) -> dict[str, float | None]:
+    """An instant query's values by the service that they are of."""
     return {
-        row["metric"][label]: row["metric"][value] if value else _number(row["value"][1])
+        row["metric"]["service"]: _number(row["value"][1])
         for row in answer["data"]["result"]
-        if label in row["metric"]
+        if "service" in row["metric"]
     }
 
 
 def unit_rows(
-    units: Sequence[ConsoleUnit], states: Mapping[str, Any], targets: Mapping[str, Any]
+    units: Sequence[ConsoleUnit],
+    running: Mapping[str, float | None],
+    answering: Mapping[str, float | None],
 ) -> list[dict[str, str]]:
-    """Each unit with its state: what systemd says, and whether the service answers scrapes."""
+    """Each unit with its state: whether it runs, and whether its service answers."""
     return [
         {"name": u.name, "title": u.title, "unit": u.unit,
-         "state": _state(states.get(u.unit), targets.get(u.job or ""))}
+         "state": _state(running.get(u.name), answering.get(u.name))}
         for u in units
     ]  # fmt: skip
 
 
-def _state(systemd: str | None, answers: float | None) -> str:
-    if systemd in (None, "active"):
-        if answers == 0:
-            return "not answering"
-        return "no data" if systemd is None and answers is None else "active"
-    return str(systemd)
+def _state(runs: float | None, answers: float | None) -> str:
+    if runs == 0:
+        return "not running"
+    if answers == 0:
+        return "not answering"
+    return "no data" if runs is None and answers is None else "active"
 
 
 _SEVERITIES = ("critical", "warning")

@@ -7,7 +7,7 @@ const EVERY_MS = 5000;
 const MOST_MS = 60000; // between tries while there is no answer
 const TIMEOUT_MS = 20000;
 
-const BAD = new Set(["failed", "not answering"]);
+const BAD = new Set(["not running", "not answering"]);
 const charts = new Charts(byId("charts"));
 new TraceDialog();
 
@@ -134,7 +134,7 @@ function periods(names, current) {
   }
 }
 
-const UNIT_KINDS = { active: "good", "no data": "none", activating: "unsure", inactive: "unsure", deactivating: "unsure" };
+const UNIT_KINDS = { active: "good", "no data": "none" };
 
 function units({ rows, error }) {
   note(byId("units-note"), error);
