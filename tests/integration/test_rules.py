@@ -37,7 +37,8 @@ class Case:
 
 UNIT = 'rave_unit_running{service="kanban"}'
 SEEN = (
-    'node_textfile_mtime_seconds{file="/run/rave-units/rave-units.prom", service="node-exporter"}'
+    'node_textfile_mtime_seconds{job="units", file="/run/rave-units/rave-units.prom", '
+    'service="node-exporter"}'
 )
 MEMORY = "node_memory_MemTotal_bytes"
 FREE = "node_memory_MemAvailable_bytes"
@@ -103,7 +104,7 @@ CASES = [
     Case(
         "ServiceDown", {SEEN: "0x20", UNIT: "1x20"}, "30s",
         (
-            ({"service": "node-exporter", "cause": "unseen",
+            ({"service": "node-exporter", "cause": "unseen", "job": "units",
               "file": "/run/rave-units/rave-units.prom"},
              "nothing is known of the machine and its units"),
         ),
