@@ -47,7 +47,7 @@ STEPS = (
 )  # fmt: skip
 EVENTS = ("ravectl dies", "a guest dies", "a guest reboots", "lines break")
 SETTABLE = tuple(s.name for s in rotate.settable())
-MADE = tuple(n for n in SETTABLE if n != "agents/anthropic-api-key")
+MADE = tuple(s.name for s in rotate.settable() if s.kind is not SecretKind.GIVEN)
 ROTATABLE = (*MADE, "ingress/tls-key", "ssh/host-key", "ssh/operator-key")
 INSIDE = (
     'mount --bind "$1" /run && mount --bind "$2" /var/lib && export CREDENTIALS_DIRECTORY="$3" '
