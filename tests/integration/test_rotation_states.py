@@ -32,7 +32,7 @@ from hypothesis.stateful import (
 from ravectl import delivery, journal, lifecycle, rotate, sops, ssh, vault
 from ravectl.errors import RavectlError
 from ravectl.instance import Instance, Process, new_record
-from ravectl.model import Activation, CheckResult, EngineName, Outcome, Report, Suite
+from ravectl.model import Activation, CheckResult, EngineName, Outcome, Report, SecretKind, Suite
 from ravectl.plan import SECRETS
 from ravectl.verify import VerifyTarget
 from ravectl.workspace import Workspace
