@@ -285,9 +285,7 @@ def judge_border(subject: Subject, output: str) -> Judgement:
     )
 
 
-def _inner_faults(
-    subject: Subject, answers: Sequence[tuple[str, int, bool]]
-) -> list[str] | None:
+def _inner_faults(subject: Subject, answers: Sequence[tuple[str, int, bool]]) -> list[str] | None:
     """Ports that accounts reach and must not, or the other way; None when one was not tried."""
     seen = {(uid, port): is_open for uid, port, is_open in answers}
     faults = []
