@@ -26,6 +26,7 @@ from ravectl.verify.framework import (
 from ravectl.verify.http import records
 
 SETTLE_SECONDS = 16.0  # what one failed login before this counts for (sshd's authfail: 15 s)
+COUNTED_SECONDS = 4.0  # until sshd has seen the ends of the failed ones, on a loaded host, too
 PATIENCE_SECONDS = BLOCK_SECONDS + 15.0  # under emulation an attempt takes seconds
 BLOCKED, ENDED = "blocked", "block ended"
 
@@ -63,6 +64,7 @@ def _ssh(target: VerifyTarget, deadline: float) -> list[dict[str, object]]:
 
     # at once, so that they fall within the seconds for which sshd counts them
     outcomes = at_once([attempt] * LOGIN_FAILURES)
+    time.sleep(COUNTED_SECONDS)
     outcomes.append(attempt())
     began = time.monotonic()
     goes_on = target.connection.run("true", timeout=left()).returncode == 0
