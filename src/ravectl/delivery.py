@@ -220,7 +220,7 @@ class Guest:
             # each on a connection of its own: one of before would still be served as before
             with web.Client(port, web.DEFAULT_HOST, context, deadline) as client:
                 seen = client.certificate
-                answer = client.get(path, headers)
+                answer = client.get(path, headers | web.trial(good.api_key))
                 if answer.status != status:
                     return seen, f"{what} is answered with {answer.status}, not {status}"
         return seen, None

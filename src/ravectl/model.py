@@ -31,7 +31,14 @@ LOG_BURST_SECONDS = 30  # what journald itself has: RateLimitIntervalSec= in jou
 HOST_ADDRESS = "10.0.2.2"  # this host, as a machine on QEMU's user network sees it
 # where a closed machine finds its log receiver: in that network, and nobody else's
 RELAY_ADDRESS = "10.0.2.100"
+LOGIN_FAILURES = 3  # from one address; the fourth attempt is refused: docs/adr/0010
+BLOCK_SECONDS = 60  # after which an address that was refused may try again, at the latest
 RESERVED_MB = 384  # kernel, systemd, journal and sessions: what the services' limits leave free
+
+# New connections of one address to a port: so many a second, and at once (docs/adr/0010)
+NEW_CONNECTIONS = ((SSH_PORT, 5, 30), (INGRESS_PORT, 100, 300))
+# accounts that run code which nobody here wrote, and the services that they need
+REACHES = {"agent": ("router",), "vibe-kanban": ("kanban", "router"), "ccr": ("router",)}
 
 # in the order in which a person reads them; a profile gives each its limits, plan.SERVICES the rest
 SERVICE_NAMES = (
@@ -513,6 +520,15 @@ class Plan:
     def units(self, engine: EngineName) -> tuple[str, ...]:
         """The units that must be active, by the names that `engine` gives them."""
         return tuple(s.unit[engine] for s in self.services)
+
+    def closed_to(self) -> tuple[tuple[Account, tuple[int, ...]], ...]:
+        """Accounts that run foreign code, each with the services' ports that it cannot reach."""
+        own = {n: {p for s in names for p in self.service(s).ports} for n, names in REACHES.items()}
+        return tuple(
+            (a, tuple(p for p in self.listeners() if p not in own[a.name]))
+            for a in self.accounts
+            if a.name in own
+        )
 
     def listeners(self) -> tuple[int, ...]:
         """Every port that something may listen on, inside the machine."""

@@ -18,8 +18,11 @@ import yaml
 
 from ravectl.errors import RavectlError
 from ravectl.model import (
+    BLOCK_SECONDS,
     CONSOLE_SOCKET,
     LOG_BURST_SECONDS,
+    LOGIN_FAILURES,
+    NEW_CONNECTIONS,
     RELAY_ADDRESS,
     SSH_ANNOUNCEMENT,
     VERIFY_RULE,
@@ -55,7 +58,8 @@ def render(
         "engine": "nix" if folder.name == "nixos" else folder.name,
         "console_socket": CONSOLE_SOCKET,
         "log_burst_seconds": LOG_BURST_SECONDS, "relay_address": RELAY_ADDRESS,
-        "verify_rule": VERIFY_RULE,
+        "verify_rule": VERIFY_RULE, "login_failures": LOGIN_FAILURES,
+        "block_seconds": BLOCK_SECONDS, "new_connections": NEW_CONNECTIONS,
         **extra,
     }  # fmt: skip
     entries: dict[str, Any] = yaml.safe_load((folder / manifest).read_text())

@@ -17,11 +17,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import paramiko
 
 from ravectl.errors import DeadlineError, RavectlError
+from ravectl.model import BLOCK_SECONDS
 
 # paramiko logs a traceback for every handshake that fails, and a booting machine fails some;
 # what went wrong is in the exceptions that we raise
@@ -32,6 +33,8 @@ HOST = "127.0.0.1"
 MAX_CHANNELS = 8
 MAX_ERROR = 2**14  # bytes that are kept of what a streamed command says to stderr
 POLL_SECONDS = 0.1
+BLOCKED_POLL_SECONDS = 1.0  # what is refused costs the guest next to nothing
+MAX_RECORDED = 65536  # bytes
 UNANNOUNCED_SECONDS = 8.0  # between blind attempts, for machines that announce nothing
 ANNOUNCED_PATIENCE = 30.0  # a handshake takes 1.2 s under TCG, more on a loaded host
 
@@ -42,6 +45,10 @@ class RefusedError(RavectlError):
 
 class HostKeyError(RavectlError):
     """Something else than our machine answers on its port."""
+
+
+class BlockedError(RavectlError):
+    """Our machine takes no new login for a while, since too many failed (PerSourcePenalties)."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +89,14 @@ class Connection:
     """An authenticated connection; use as a context manager."""
 
     def __init__(self, target: Target, timeout: float = 15.0) -> None:
-        """Connect within `timeout` seconds.
+        """Connect within `timeout` seconds, and those that a block after failed logins lasts.
 
-        Raises ConnectionError (the machine does not answer yet), HostKeyError, or
+        Raises ConnectionError (the machine does not answer yet), HostKeyError, BlockedError, or
         RavectlError (it answers and refuses us).
         """
         self.target = target
         self._slots = threading.BoundedSemaphore(MAX_CHANNELS)
-        self._transport = _connect(target, timeout)
+        self._transport = _connect_unblocked(target, timeout)
 
     def __enter__(self) -> Self:
         return self
@@ -257,9 +264,45 @@ def is_pinned(target: Target, seen: paramiko.PKey) -> bool:
     }
 
 
+def _connect_unblocked(target: Target, timeout: float) -> paramiko.Transport:
+    """Connect, waiting for a block's end: behind QEMU's network everybody's is ours, too."""
+    end = time.monotonic() + BLOCK_SECONDS
+    while True:
+        try:
+            return _connect(target, timeout)
+        except BlockedError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(BLOCKED_POLL_SECONDS)
+
+
+class RecordingSocket:
+    """A socket that keeps the first bytes it receives: paramiko shows neither the server's KEXINIT
+    nor what it says in place of its version."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self.received = b""
+
+    def recv(self, size: int) -> bytes:
+        """What socket.recv() returns."""
+        data = self._sock.recv(size)
+        if len(self.received) < MAX_RECORDED:
+            self.received += data
+        return data
+
+    @property
+    def blocked(self) -> bool:
+        """Whether sshd has said that it refuses this address for a while."""
+        return b"Not allowed at this time" in self.received
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+
 def _connect(target: Target, timeout: float) -> paramiko.Transport:
-    sock = socket.create_connection((HOST, target.port), timeout=timeout)
-    transport = paramiko.Transport(sock)
+    sock = RecordingSocket(socket.create_connection((HOST, target.port), timeout=timeout))
+    transport = paramiko.Transport(sock)  # type: ignore[arg-type]
     transport.banner_timeout = timeout
     transport.auth_timeout = timeout
     transport.get_security_options().key_types = tuple({k.split()[0] for k in target.host_keys})
@@ -288,6 +331,12 @@ def _connect(target: Target, timeout: float) -> paramiko.Transport:
         ) from None
     except (paramiko.SSHException, OSError, EOFError) as e:
         transport.close()
+        if sock.blocked:
+            raise BlockedError(
+                "the machine takes no SSH login now: several failed shortly before",
+                f"end what tries to log in to 127.0.0.1:{target.port}, then try again in "
+                f"{BLOCK_SECONDS} s; sessions that are open go on",
+            ) from None
         raise ConnectionError(f"no SSH on port {target.port}: {e}") from None
     except BaseException:
         transport.close()

@@ -263,6 +263,7 @@ def test_nginx_accepts_its_configuration(machine: str, tmp_path: Path) -> None:
         'map "$http_x_api_key|$http_authorization" $rave_router_realm {\n'
         f'  default "RAVE"; "{key}|Bearer {key}" off;\n}}\n'
         'map $host $rave_router_key { default "key"; }\n'
+        "map $http_x_rave_trial $rave_stranger { default $binary_remote_addr; }\n"
     )
     text = nginx_conf(nixos.values(machine)["services"]["nginx"])
     text = text.replace("/run/secrets/", f"{tmp_path}/secrets/")
@@ -295,7 +296,8 @@ def test_nft_accepts_the_ruleset(machine: str) -> None:
 @pytest.mark.parametrize("machine", MACHINES)
 def test_scripts_are_those_of_nixos(machine: str) -> None:
     scripts = {p.stem: p for p in (nixos.flake() / "modules" / machine / "scripts").glob("*.sh")}
-    assert set(scripts) == {"ingress-config", "need", "roles", "router-config", "secrets", "units"}
+    names = {"bans", "ingress-config", "need", "roles", "router-config", "secrets", "units"}
+    assert set(scripts) == names
     for path in scripts.values():
         done = subprocess.run(["bash", "-n", path], capture_output=True, check=False)
         assert done.returncode == 0, done.stderr

@@ -267,7 +267,7 @@ def firewall(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
 @row
 def open_ports(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     def opened(text: str) -> set[int]:
-        found = re.findall(r"tcp dport \{([\d, ]+)\}", text)
+        found = re.findall(r"tcp dport \{([\d, ]+)\} .*accept", text)
         return {int(p) for ports in found for p in ports.split(",")}
 
     assert not nix.at("networking.firewall.enable"), "two firewalls"
@@ -695,7 +695,7 @@ def monitoring_is_local(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ..
 
 @row
 def counting_units(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
-    """mtail and rave-units, whose units are ours."""
+    """mtail, rave-units and rave-bans, whose units are ours."""
     no = ("Exec", "Environment", "WantedBy", "After", "Description")
 
     def said(value: Any) -> str:
@@ -704,6 +704,7 @@ def counting_units(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     units = {
         "mtail": debian.unit("mtail"),
         "rave-units": Unit(debian.text("etc/systemd/system/rave-units.service")),
+        "rave-bans": Unit(debian.text("etc/systemd/system/rave-bans.service")),
     }
     here = {
         name: {k: v[-1] for k, v in unit.items() if not k.startswith(no)}
@@ -720,12 +721,13 @@ def counting_units(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
         for name in units
     }
     wants = "etc/systemd/system/multi-user.target.wants"
-    for name in units:
+    for name, unit in units.items():
         assert debian.tree.file(f"{wants}/{name}.service").target
         assert services[name]["wantedBy"] == ["multi-user.target"]
-        assert services[name]["after"] == ["sshd.service"]
-    description = services["rave-units"]["description"]
-    assert description == units["rave-units"].one("Description")
+        after = [w.replace("ssh.service", "sshd.service") for w in unit.one("After").split()]
+        assert services[name]["after"] == after
+    for name in ("rave-units", "rave-bans"):
+        assert services[name]["description"] == units[name].one("Description")
     assert services["mtail"]["description"] == plan.service("mtail").description
     assert nix.at("users.users.mtail.group") == "mtail"
     assert nix.at("users.groups")["mtail"] == {}

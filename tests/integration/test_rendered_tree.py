@@ -337,6 +337,8 @@ def make_place(plan: Plan, tree: RenderedTree, stage: Path) -> Place:
 
 # Debian 13's OpenSSH knows these, Debian 12's does not and refuses the whole file.
 NEW_KEX = ("mlkem768x25519-sha256", "sntrup761x25519-sha512")
+# settings that came with OpenSSH 9.8, and lines that it has of them
+NEW_SETTINGS = ("PerSourcePenalties",)
 # Keys of units that this host's systemd may be too old for: it ignores them, and says so.
 NEW_UNIT_KEYS = ("ImportCredential",)
 
@@ -344,10 +346,15 @@ NEW_UNIT_KEYS = ("ImportCredential",)
 def as_known_to_this_host(tree: RenderedTree) -> RenderedTree:
     """The tree without the names in NEW_KEX that this host's sshd lacks; no other is spared."""
     known = subprocess.run(["ssh", "-Q", "kex"], capture_output=True, text=True, check=True)
+    version = subprocess.run(["ssh", "-V"], capture_output=True, text=True, check=True).stderr
+    found = re.match(r"OpenSSH_(\d+)\.(\d+)", version)
+    knows_penalties = found is not None and (int(found[1]), int(found[2])) >= (9, 8)
     lacking = set(NEW_KEX) - set(known.stdout.split())
 
     def adapt(line: str) -> str:
         key, _, names = line.partition(" ")
+        if key in NEW_SETTINGS and not knows_penalties:
+            return f"# {line}"
         if key != "KexAlgorithms":
             return line
         return f"{key} {','.join(n for n in names.split(',') if n not in lacking)}"

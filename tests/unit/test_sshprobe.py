@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import socket
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 
+from ravectl import ssh
 from ravectl.verify import sshprobe
 
 
@@ -56,3 +60,33 @@ def test_no_offer(greeting: bytes) -> None:
     body = bytearray(greeting)
     body[start + 22 : start + 26] = b"\xff\xff\xff\xff"
     assert sshprobe.offered(bytes(body)) is None
+
+
+def test_who_is_blocked_is_told_when_to_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that says what sshd says in place of its version, while it blocks an address."""
+    key = tmp_path / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+    monkeypatch.setattr(ssh, "BLOCK_SECONDS", 1)
+    monkeypatch.setattr(ssh, "BLOCKED_POLL_SECONDS", 0.1)
+    asked = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def refuse() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    client, _ = server.accept()
+                    asked.append(1)
+                    client.sendall(b"Not allowed at this time\r\n")
+                    client.close()
+
+        threading.Thread(target=refuse, daemon=True).start()
+        public = key.with_suffix(".pub").read_text()
+        target = ssh.Target(server.getsockname()[1], "rave", key, (public,))
+        with pytest.raises(ssh.BlockedError, match="takes no SSH login now"):
+            ssh.Connection(target, 5)
+        row = sshprobe.try_stranger(target, "rave", 5)[1]
+        server.shutdown(socket.SHUT_RDWR)
+    assert len(asked) > 2, "it is tried again until the block should have ended"
+    assert row["error"] == sshprobe.LOCKED_OUT

@@ -76,7 +76,8 @@ def test_who_did_not_sign_in_cannot_ask_for_the_console(machine: Tool) -> None:
     assert "agent" in accounts
     for name in accounts:
         assert as_user(name, *at).stdout == "000", name
-    assert as_user("agent", "http://127.0.0.1:3001/console/status").stdout == "404"
+    own = as_user("rave-dispatcher", "http://127.0.0.1:3001/console/status")
+    assert own.stdout == "404"
 
 
 def test_the_host_key_is_pinned(machine: Tool, tmp_path: Path) -> None:

@@ -7,7 +7,16 @@ from typing import Final
 
 from ravectl.errors import UsageError
 from ravectl.model import CheckResult, Report, Suite
-from ravectl.verify import alerting, events, http, observability, secrecy, security, service
+from ravectl.verify import (
+    alerting,
+    attempts,
+    events,
+    http,
+    observability,
+    secrecy,
+    security,
+    service,
+)
 from ravectl.verify.framework import Check, VerifyTarget, execute
 
 CHECKS: Final[tuple[Check, ...]] = (
@@ -18,6 +27,7 @@ CHECKS: Final[tuple[Check, ...]] = (
     *alerting.DATA_CHECKS,
     *secrecy.CHECKS[1:],
     *security.CHECKS,
+    *attempts.CHECKS,
     *secrecy.CHECKS[:1],
     *observability.CHECKS,
     *alerting.OBSERVABILITY_CHECKS,

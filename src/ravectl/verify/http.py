@@ -182,7 +182,8 @@ def _try_all(
             for t in (t for t in trials if t.host == host):
                 row: dict[str, object] = {"route": t.route, "who": t.who}
                 try:
-                    answer = client.get(t.path, _headers(target, t.who), most=_BODY_KEPT)
+                    headers = _headers(target, t.who) | web.trial(target.router_key)
+                    answer = client.get(t.path, headers, most=_BODY_KEPT)
                     row["status"] = answer.status
                 except OSError as e:
                     row["error"] = web.explain(e)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ravectl.model import Suite
+from ravectl.model import BLOCK_SECONDS, LOGIN_FAILURES, Suite
 from ravectl.verify import firewall, guest, listeners, sshprobe
 from ravectl.verify.framework import (
     Check,
@@ -21,13 +22,13 @@ from ravectl.verify.framework import (
 )
 
 MAX_AUTH_TRIES = 4
+# logins under way at once, in all and of one address, and seconds for each
+AT_MOST = {"maxstartups": 16, "persourcemaxstartups": 8, "logingracetime": 30}
 
-# ssh-audit's hardening guide and Mozilla's modern profile, without the NIST curves and with
-# the post-quantum exchanges of OpenSSH 9 and 10.
+# ssh-audit's hardening guide, with the post-quantum exchanges of OpenSSH 9 and 10 alone: it warns
+# of all others.
 KEX = frozenset({
     "mlkem768x25519-sha256", "sntrup761x25519-sha512", "sntrup761x25519-sha512@openssh.com",
-    "curve25519-sha256", "curve25519-sha256@libssh.org", "diffie-hellman-group16-sha512",
-    "diffie-hellman-group18-sha512", "diffie-hellman-group-exchange-sha256",
 })  # fmt: skip
 # not exchanges but signals (RFC 8308; OpenSSH's PROTOCOL, 1.10)
 KEX_SIGNALS = frozenset({"ext-info-s", "kex-strict-s-v00@openssh.com"})
@@ -54,6 +55,13 @@ MUST_BE = {
     "hostbasedauthentication": ("no",),
     "gssapiauthentication": ("no",),
     "authenticationmethods": ("any", "publickey"),
+    "disableforwarding": ("yes",),
+    "allowtcpforwarding": ("no",),
+    "allowagentforwarding": ("no",),
+    "allowstreamlocalforwarding": ("no",),
+    "permittunnel": ("no",),
+    "x11forwarding": ("no",),
+    "permituserenvironment": ("no",),
 }
 OPTIONAL = {"gssapiauthentication"}  # builds without GSSAPI do not print it
 MODERN = {
@@ -91,6 +99,14 @@ while read -r _ _ _ address _; do
     fi
   done
 done < <(ip -o -4 addr show scope global)
+echo '== inner =='
+for uid in %(uids)s; do
+  setpriv --reuid "$uid" --regid "$uid" --clear-groups bash -c '
+    for port in %(ports)s; do
+      if (: <>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then said=open; else said=closed; fi
+      echo "$0 $port $said"
+    done' "$uid"
+done
 echo '== sshd =='
 file=() words=()
 daemon=':%(ssh)s [^,]*"sshd",pid=([0-9]+)' option=' -f *([^ ]+)'
@@ -109,6 +125,7 @@ def access_script(subject: Subject) -> str:
     ports = sorted({*plan.listeners(), *plan.network.open_ports})
     ssh_port = plan.service("ssh").ports[0]
     values = {"ports": " ".join(map(str, ports)), "ssh": ssh_port, "user": plan.operator}
+    values["uids"] = " ".join(str(account.uid) for account, _ in plan.closed_to())
     return ACCESS_SCRIPT % values
 
 
@@ -173,8 +190,23 @@ def setting_faults(settings: Mapping[str, str]) -> list[str]:
     tries = guest.number(settings.get("maxauthtries"))
     if tries is None or not 1 <= tries <= MAX_AUTH_TRIES:
         faults.append(f"maxauthtries is {settings.get('maxauthtries', 'not set')}")
+    for name, most in AT_MOST.items():
+        first = re.split("[:, ]", settings.get(name, ""))[-1]
+        if not 1 <= (guest.number(first) or 0) <= most:
+            faults.append(f"{name} is {settings.get(name, 'not set')}, not 1 to {most}")
+    faults += penalty_faults(settings.get("persourcepenalties", ""))
     lists = {name: settings.get(name, "").split(",") for name in MODERN}
     return faults + [f"sshd is set to {f}" for f in _algorithm_faults(lists, MODERN)]
+
+
+def penalty_faults(text: str) -> list[str]:
+    """Where three failed logins would not block the next, or would do so for too long."""
+    values = dict(re.findall(r"([a-z0-9-]+):(\d+)", text))
+    fail, least, most = (int(values.get(k, 0)) for k in ("authfail", "min", "max"))
+    blocks = (LOGIN_FAILURES - 1) * fail < least < LOGIN_FAILURES * fail
+    if blocks and least <= most <= BLOCK_SECONDS:
+        return []
+    return [f"persourcepenalties is {text or 'not set'}"]
 
 
 def _algorithm_faults(lists: Mapping[str, Any], modern: Mapping[str, frozenset[str]]) -> list[str]:
@@ -237,7 +269,10 @@ def judge_border(subject: Subject, output: str) -> Judgement:
     answers = _outer(parts["outer"])
     if not answers:
         return unreadable(expected, "the machine's outer address could not be tried")
-    faults = listeners.faults(sockets, ports, subject.plan.listeners())
+    inner = _inner_faults(subject, _outer(parts.get("inner", "")))
+    if inner is None:
+        return unreadable(expected, "what the machine's accounts reach could not be tried")
+    faults = inner + listeners.faults(sockets, ports, subject.plan.listeners())
     faults += firewall.faults(rules, ports)
     for address, port, is_open in answers:
         if is_open != (port in ports):
@@ -248,6 +283,21 @@ def judge_border(subject: Subject, output: str) -> Judgement:
         faults,
         "stop what listens, or give it a place in the profile and build the machine anew",
     )
+
+
+def _inner_faults(subject: Subject, answers: Sequence[tuple[str, int, bool]]) -> list[str] | None:
+    """Ports that accounts reach and must not, or the other way; None when one was not tried."""
+    seen = {(uid, port): is_open for uid, port, is_open in answers}
+    faults = []
+    for account, closed in subject.plan.closed_to():
+        for port in subject.plan.listeners():
+            is_open = seen.get((str(account.uid), port))
+            if is_open is None:
+                return None
+            if is_open == (port in closed):
+                word = "reaches" if is_open else "does not reach"
+                faults.append(f"{account.name} {word} port {port}")
+    return faults
 
 
 def _outer(text: str) -> list[tuple[str, int, bool]]:

@@ -7,6 +7,7 @@ of the daemon that runs, whatever its configuration file says by now.
 from __future__ import annotations
 
 import contextlib
+import io
 import secrets
 import socket
 import struct
@@ -14,8 +15,10 @@ from collections.abc import Callable
 from typing import Any
 
 import paramiko
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ed25519
 
-from ravectl.ssh import HOST, Target, is_pinned
+from ravectl.ssh import HOST, RecordingSocket, Target, is_pinned
 
 KEXINIT = 20
 NAME_LISTS = (
@@ -23,24 +26,6 @@ NAME_LISTS = (
 )  # fmt: skip
 REFUSED, LET_IN = "refused", "let in"
 LOCKED_OUT = "sshd refuses this host for some seconds, as it does after failed logins"
-_KEPT = 65536
-
-
-class _Recording:
-    """A socket that keeps the first bytes it receives: paramiko does not show the KEXINIT."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self.received = b""
-
-    def recv(self, size: int) -> bytes:
-        data = self._sock.recv(size)
-        if len(self.received) < _KEPT:
-            self.received += data
-        return data
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._sock, name)
 
 
 def offered(received: bytes) -> dict[str, list[str]] | None:
@@ -97,6 +82,21 @@ def try_key(target: Target, user: str, timeout: float) -> list[dict[str, object]
     return _attempt(target, "key", user, attempt, timeout)
 
 
+def try_stranger(target: Target, user: str, timeout: float) -> list[dict[str, object]]:
+    """Try to log in as `user` with a key that nobody knows: a failed login, or a blocked one."""
+
+    def attempt(transport: paramiko.Transport, row: dict[str, object]) -> None:
+        key = ed25519.Ed25519PrivateKey.generate().private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.OpenSSH,
+            serialization.NoEncryption(),
+        )
+        stranger = paramiko.Ed25519Key.from_private_key(io.StringIO(key.decode()))
+        row["outcome"] = _answer(transport.auth_publickey, user, stranger)
+
+    return _attempt(target, "stranger", user, attempt, timeout)
+
+
 def _key(target: Target) -> paramiko.PKey:
     return paramiko.Ed25519Key.from_private_key_file(str(target.key_file))
 
@@ -137,7 +137,7 @@ def _attempt(
 ) -> list[dict[str, object]]:
     row: dict[str, object] = {"try": how, "user": user}
     offer: dict[str, object] = {"offer": None}
-    sock = _Recording(socket.create_connection((HOST, target.port), timeout=timeout))
+    sock = RecordingSocket(socket.create_connection((HOST, target.port), timeout=timeout))
     transport = paramiko.Transport(sock)  # type: ignore[arg-type]
     try:
         transport.banner_timeout = transport.auth_timeout = timeout
@@ -149,7 +149,7 @@ def _attempt(
         if pinned:
             attempt(transport, row)
     except (paramiko.SSHException, OSError, EOFError) as e:
-        row["error"] = LOCKED_OUT if b"Not allowed at this time" in sock.received else _text(e)
+        row["error"] = LOCKED_OUT if sock.blocked else _text(e)
     finally:
         with contextlib.suppress(Exception):
             transport.close()
