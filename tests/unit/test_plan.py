@@ -13,11 +13,13 @@ from ravectl.model import (
     RESERVED_MB,
     SERVICE_NAMES,
     SSH_PORT,
+    TEMPO_OTLP,
     Access,
+    AptSource,
     EngineName,
     Plan,
 )
-from ravectl.plan import SERVICES, make_plan
+from ravectl.plan import DASHBOARDS, SERVICES, make_plan
 
 
 def plan_of(name: str) -> Plan:
@@ -71,9 +73,40 @@ def test_profiles_differ_where_they_promise_to() -> None:
     assert safe.hostname != full.hostname
     assert (safe.network.egress, full.network.egress) == (False, True)
     # the machine has the same parts, whatever its size
+    full = full.on(EngineName.DEBIAN)
     assert safe.routes == full.routes
     assert safe.secrets == full.secrets
     assert [s.unit for s in safe.services] == [s.unit for s in full.services]
+
+
+def test_what_an_engine_does_not_have_goes_with_all_that_belongs_to_it() -> None:
+    full = plan_of("full-pipe")
+    nix, debian = full.on(EngineName.NIX), full.on(EngineName.DEBIAN)
+    assert nix.has("grafana")
+    assert nix.has("tempo")
+    assert (nix.otlp_endpoint, debian.otlp_endpoint) == (TEMPO_OTLP, None)
+    assert {s.name for s in nix.services} - {s.name for s in debian.services} == {
+        "grafana", "tempo",
+    }  # fmt: skip
+    assert {r.name for r in nix.routes} - {r.name for r in debian.routes} == {"grafana"}
+    assert {j.name for j in nix.scrape_jobs} - {j.name for j in debian.scrape_jobs} == {
+        "grafana", "tempo",
+    }  # fmt: skip
+    assert {s.name for s in nix.secrets} - {s.name for s in debian.secrets} == {
+        "grafana/secret-key", "grafana/admin-password",
+    }  # fmt: skip
+    assert (nix.dashboards, debian.dashboards) == (DASHBOARDS, ())
+    assert nix.on(EngineName.NIX) == nix
+    assert plan_of("safe").on(EngineName.NIX) == plan_of("safe")
+
+
+def test_with_a_package_source_debian_has_grafana_too() -> None:
+    source = AptSource("https://apt.example.org/ stable main", "key")
+    arguments = profile.load("full-pipe", None).plan_arguments()
+    found = make_plan(**{**arguments, "grafana_source": source}).on(EngineName.DEBIAN)
+    assert found.service("grafana").unit["debian"] == "grafana-server.service"
+    assert found.dashboards == DASHBOARDS
+    assert not found.has("tempo")
 
 
 def test_only_ssh_and_the_ingress_are_open(plan: Plan) -> None:
