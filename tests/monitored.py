@@ -220,7 +220,7 @@ class Load:
         self._login = {"Authorization": "Basic " + base64.b64encode(word.encode()).decode()}
 
     def once(self) -> None:
-        """One round: pages, a refused one, a webhook, the same again, one with a wrong signature."""
+        """One round: pages, one refused; a webhook, the same again, one ill signed."""
         self._ask("/", self._login)
         self._ask("/console/status", self._login)
         self._ask("/ccr/health", self._login)

@@ -354,9 +354,9 @@ ROUTES = (
 ALERTS = (
     "ServiceDown", "OomKill", "ServiceFlapping", "MemoryPressure", "ServiceMemory", "CpuSaturated",
     "DiskFilling", "MonitoringBroken", "HttpErrors", "HttpSlow", "AuthFailures", "BruteForce",
-    "WebhookErrors", "RuleFailures", "QueueStuck", "TaskFailures", "TraceCoverageLow", "DatabaseCorrupt",
-    "BackupStale", "BackupBroken", "CertificateExpiring", "SecretsStale", "AvailabilityBurnFast",
-    "AvailabilityBurnSlow",
+    "WebhookErrors", "RuleFailures", "QueueStuck", "TaskFailures", "TraceCoverageLow",
+    "DatabaseCorrupt", "BackupStale", "BackupBroken", "CertificateExpiring", "SecretsStale",
+    "AvailabilityBurnFast", "AvailabilityBurnSlow",
 )  # fmt: skip
 
 # templates/common/dashboards/ has them: a file of the same name each

@@ -499,7 +499,9 @@ class ReceiverSection(_Section):
 def _public_key(value: str) -> str:
     """One armored OpenPGP public key block and nothing else that may stand in the text."""
     found = re.findall(
-        r"-----BEGIN PGP PUBLIC KEY BLOCK-----\n.*?\n-----END PGP PUBLIC KEY BLOCK-----", value, re.S
+        r"-----BEGIN PGP PUBLIC KEY BLOCK-----\n.*?\n-----END PGP PUBLIC KEY BLOCK-----",
+        value,
+        re.S,
     )
     if "PRIVATE KEY" in value or len(found) != 1:
         cause = "there is a private key in it" if "PRIVATE KEY" in value else "it is no public key"
@@ -520,7 +522,7 @@ AptLine = Annotated[
 
 
 class GrafanaSection(_Section):
-    """Grafana with the dashboards. Debian has no package of it: its source is the user's to name."""
+    """Grafana with the dashboards. Debian has no package of it: the user names a source."""
 
     enabled: Annotated[bool, Field(strict=True)] = False
     apt_source: AptLine | None = None
