@@ -58,8 +58,8 @@ echo '== now =='
 printf '%%(%%s)T\\n'
 """
 
-# As its first user, whose password is in no process's arguments. A line for each dashboard: its uid,
-# the status, and of the answer (50 KB) whether Grafana has it from a file.
+# As its first user, whose password is in no process's arguments. A line for each dashboard: uid,
+# status, and of the answer (50 KB) whether Grafana has it from a file.
 DASHBOARDS_SCRIPT = """\
 echo '== dashboards =='
 for uid in %(uids)s; do
