@@ -170,5 +170,6 @@ def test_accounts_are_distinct_and_only_the_operator_is_powerful(plan: Plan) -> 
 
 def test_every_service_user_is_an_account_or_comes_with_a_package(plan: Plan) -> None:
     packaged = {"root", "www-data", "postgres", "prometheus", "_victoria-metrics", "mtail"}
+    packaged |= {"grafana", "tempo"}
     ours = {a.name for a in plan.accounts}
     assert {s.user for s in plan.services} <= packaged | ours
