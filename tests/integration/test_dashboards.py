@@ -23,7 +23,8 @@ from grafana_foundation_sdk.cog import plugins
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
-from ravectl.model import EngineName
+from ravectl.engines import debian
+from ravectl.model import AptSource, EngineName
 from ravectl.plan import DASHBOARDS
 from ravectl.verify.alerting import DASHBOARDS_SCRIPT
 from tests import dashboards, monitored, nixos, rules_table
@@ -252,3 +253,53 @@ def test_the_script_of_o2_reads_what_grafana_answers(
 def test_only_a_machine_with_grafana_is_asked_for_dashboards() -> None:
     assert nixos.on_both().on(EngineName.DEBIAN).dashboards == DASHBOARDS
     assert [p.on(EngineName.DEBIAN).dashboards for p in nixos.shipped()] == [(), ()]
+
+
+# --- where Debian's Grafana comes from ----------------------------------------------------------
+
+SIGNED = (
+    Path(__file__).parent / "payloads/apt"
+)  # a source of one stand-in package, signed by key.asc
+
+
+class _Source(http.server.SimpleHTTPRequestHandler):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args, directory=str(SIGNED))
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("key", "accepted"), [("key", True), ("other", False)])
+def test_apt_takes_what_that_key_signed_and_nothing_else(
+    key: str, accepted: bool, tmp_path: Path
+) -> None:
+    """The real apt, with folders of its own, reads the source that mmdebstrap is given."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Source)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    source = AptSource(
+        f"http://127.0.0.1:{server.server_port}/ stable main", (SIGNED / f"{key}.asc").read_text()
+    )
+    for name in ("parts", "state/lists/partial", "cache/archives/partial"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "parts/grafana.sources").write_text(debian.apt_source(source))
+    (tmp_path / "status").touch()
+    options = [
+        "Dir::Etc::sourcelist=/dev/null", f"Dir::Etc::sourceparts={tmp_path}/parts",
+        f"Dir::State={tmp_path}/state", f"Dir::State::status={tmp_path}/status",
+        f"Dir::Cache={tmp_path}/cache", "APT::Sandbox::User=root",
+        "Acquire::http::Proxy::127.0.0.1=DIRECT", "Acquire::GzipIndexes=false",
+        "APT::Architecture=amd64",
+    ]  # fmt: skip
+    words = [w for o in options for w in ("-o", o)]
+    try:
+        done = subprocess.run(
+            ["apt-get", "update", "--error-on=any", *words], capture_output=True, text=True,
+            timeout=60, check=False, env={**os.environ, "LC_ALL": "C"},
+        )  # fmt: skip
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert (done.returncode == 0) == accepted, done.stderr
+    found = [p.read_text() for p in (tmp_path / "state/lists").glob("*_Packages")]
+    assert any("Package: grafana\n" in text for text in found) == accepted
