@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from ravectl import model, profile
+from ravectl import building, model, profile
 from ravectl.model import (
     CONSOLE_SOCKET,
     INGRESS_PORT,
@@ -173,3 +173,14 @@ def test_every_service_user_is_an_account_or_comes_with_a_package(plan: Plan) ->
     packaged |= {"grafana", "tempo"}
     ours = {a.name for a in plan.accounts}
     assert {s.user for s in plan.services} <= packaged | ours
+
+
+def test_what_a_machine_will_lack_is_told_with_its_remedy() -> None:
+    full = plan_of("full-pipe")
+    assert building.absent(full, EngineName.NIX) == []
+    assert building.absent(plan_of("safe"), EngineName.DEBIAN) == []
+    grafana, tempo = building.absent(full, EngineName.DEBIAN)
+    assert grafana.startswith("the engine debian has no Grafana, so this machine has none: ")
+    assert "monitoring.grafana.apt_source" in grafana
+    assert tempo.startswith("the engine debian has no Tempo, so this machine has none: ")
+    assert "tracing.otlp_endpoint" in tempo
