@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ravectl import images, profile
-from ravectl.model import Plan
+from ravectl.model import AptSource, Plan
 from ravectl.plan import make_plan
 from ravectl.render import write_tree
 
@@ -52,6 +52,15 @@ def shipped() -> tuple[Plan, ...]:
     return tuple(make_plan(**profile.load(n, None).plan_arguments()) for n in profile.shipped())
 
 
+def on_both() -> Plan:
+    """The Plan of full-pipe as far as both engines can have it: with a package source of Grafana,
+    and without Tempo, of which there is none for Debian."""
+    said = profile.load("full-pipe", None).plan_arguments()
+    limits = {name: row for name, row in said["limits"].items() if name != "tempo"}
+    source = AptSource("https://apt.example.org/ stable main", "a key")
+    return make_plan(**{**said, "profile": "on-both", "limits": limits, "grafana_source": source})
+
+
 @functools.cache
 def _scratch() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="rave-nix.")
@@ -59,10 +68,10 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
 
 @functools.cache
 def flake() -> Path:
-    """A folder with the flake of the shipped profiles."""
+    """A folder with the flake of the shipped profiles, and of what both engines can have."""
     folder = Path(_scratch().name) / "flake"
     folder.mkdir()
-    write_tree(images.render_nixos(shipped()), folder)
+    write_tree(images.render_nixos((*shipped(), on_both())), folder)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""The table of docs/observability.md: every alert and recorded series of the rendered rules.
+"""The tables of docs/observability.md: every alert, recorded series, dashboard and panel.
 
 python -m tests.rules_table     writes it anew
 """
@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ravectl import images
+from tests import dashboards
 from tests.plans import PLAN
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/observability.md"
@@ -40,7 +41,25 @@ def table() -> str:
     for group in groups("slo.yml"):
         for name in dict.fromkeys(_named(r) for r in group["rules"]):
             rows.append(f"| `{name}` | {group['interval']} |")
-    return "\n".join(rows) + "\n"
+    return "\n".join([*rows, *_panels()]) + "\n"
+
+
+def _panels() -> list[str]:
+    """Each panel of each dashboard, and the metrics and recorded series that it asks for."""
+    rows = ["", "| dashboard | panel | of |", "|---|---|---|"]
+    names: dict[tuple[str, str], list[str]] = {}
+    for asked in dashboards.asked():
+        found = names.setdefault((asked.dashboard, asked.panel), [])
+        store = " (VictoriaMetrics)" if asked.datasource == "rave-victoriametrics" else ""
+        found += [f"`{m}`{store}" for m in dashboards.metrics(asked.expression)]
+    titles = {
+        uid: board["title"].removeprefix("RAVE: ") for uid, board in dashboards.load().items()
+    }
+    rows += [
+        f"| {titles[uid]} | {panel} | {', '.join(dict.fromkeys(of))} |"
+        for (uid, panel), of in names.items()
+    ]
+    return rows
 
 
 def _line(expression: str) -> str:

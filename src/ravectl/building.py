@@ -83,6 +83,8 @@ def build(
     """
     if request.compress and request.format is not ImageFormat.QCOW2:
         raise UsageError("--compress is for the format qcow2", f"leave it out of {request.format}")
+    for line in absent(request.plan, request.engine):
+        console.note(line)
     if request.engine is EngineName.NIX:
         return _build_nixos(request, workspace, update=update)
     if not request.format.boots_directly:
@@ -96,6 +98,21 @@ def build(
     if not locked and imagelock.write(lock_file, lock_of(inputs.base)):
         console.note(f"{lock_file} names what it is made of")
     return image
+
+
+def absent(plan: Plan, engine: EngineName) -> list[str]:
+    """What the profile wants and a machine of that engine does not have, and the remedy. Pure."""
+    remedy = {
+        "grafana": "name its package source as monitoring.grafana.apt_source (docs/profiles.md)",
+        "tempo": "spans stay in the dispatcher's store; tracing.otlp_endpoint sends them elsewhere",
+    }
+    there = plan.on(engine)
+    return [
+        f"the engine {engine} has no {s.description.partition(',')[0]}, so this machine has none: "
+        f"{remedy[s.name]}"
+        for s in plan.services
+        if not there.has(s.name)
+    ]
 
 
 def _build_nixos(request: Request, workspace: Workspace, *, update: bool) -> Image:
@@ -248,12 +265,16 @@ def _check_nixos(request: Request, workspace: Workspace) -> str:
 
 def _build_apart(request: Request, folder: Path) -> tuple[debian.Base, Image]:
     folder.mkdir()
+    plan = request.plan.on(EngineName.DEBIAN)
     with console.step(folder.name):
         base = debian.make_base(
-            folder, request.plan.accounts, forwarding=request.plan.logs.forward is not None
+            folder,
+            plan.accounts,
+            forwarding=plan.logs.forward is not None,
+            grafana=plan.grafana_source,
         )
-        tree = images.render_debian(request.plan)
-        inputs = images.Inputs(request.plan, tree, base, request.format, request.compress)
+        tree = images.render_debian(plan)
+        inputs = images.Inputs(plan, tree, base, request.format, request.compress)
         images.make_image(inputs, folder / "image")
     return base, images.load(folder / "image")
 

@@ -85,6 +85,7 @@ class NixInputs:
 
 def render_debian(plan: Plan) -> RenderedTree:
     """The configuration layer of a Plan for Debian, with the dispatcher's own code."""
+    plan = plan.on(EngineName.DEBIAN)
     tree = render(
         files.find_data("templates") / "debian",
         plan,
@@ -108,6 +109,7 @@ def render_nixos(plans: tuple[Plan, ...], flake_lock: str | None = None) -> Rend
     `flake_lock` is the text of a flake.lock that takes the place of the one we ship.
     """
     folder = files.find_data("templates") / "nixos"
+    plans = tuple(p.on(EngineName.NIX) for p in plans)
     top = render(folder, plans[0], manifest="flake.yaml", plans=plans, formats=nix.FORMATS)
     found = [
         replace(f, content=flake_lock) if flake_lock is not None and f.path == nix.LOCK_FILE else f
@@ -139,10 +141,11 @@ def resolve_debian(
 
     `fresh` and `accept` are those of debian.ensure_base.
     """
+    plan = plan.on(EngineName.DEBIAN)
     tree = render_debian(plan)
     base = debian.ensure_base(
         files.cache_dir(), plan.accounts, forwarding=plan.logs.forward is not None,
-        fresh=fresh, accept=accept,
+        grafana=plan.grafana_source, fresh=fresh, accept=accept,
     )  # fmt: skip
     return Inputs(plan, tree, base, fmt, compress)
 
@@ -157,6 +160,7 @@ def resolve_nixos(
     flake_lock: str | None = None,
 ) -> NixInputs:
     """Render the flake of a Plan, with the lock of the workspace if it has one."""
+    plan = plan.on(EngineName.NIX)
     return NixInputs(plan, render_nixos((plan,), flake_lock), fmt, compress, settings, offline)
 
 

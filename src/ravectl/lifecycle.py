@@ -138,7 +138,7 @@ def _prepare(instance: Instance, plan: Plan, get_image: Callable[[], Image]) -> 
     """The image of the instance, with an overlay on it."""
     record = instance.record or new_record(plan, EngineName.DEBIAN)
     if record.image is not None and instance.overlay.exists():
-        if record.plan != plan:
+        if record.plan != plan.on(record.engine):
             console.warn(
                 f"instance {instance.name!r} keeps the machine that it was made from; the profile "
                 "has changed since: ravectl reset moves to it and loses what is on the disk"

@@ -27,6 +27,7 @@ AGENT_MB_LEAST = 64  # a profile whose services leave less gets tasks that run o
 INGRESS_PORT = 3002
 CONSOLE_SOCKET = "/run/rave-dispatcher/console.sock"  # only the ingress's user can open it
 SSH_ANNOUNCEMENT = "rave: ssh listens"  # what the guest says on its console, for `up`
+TEMPO_OTLP = "http://127.0.0.1:4318/v1/traces"  # OTLP's own port and path for HTTP
 LOG_BURST_SECONDS = 30  # what journald itself has: RateLimitIntervalSec= in journald.conf(5)
 HOST_ADDRESS = "10.0.2.2"  # this host, as a machine on QEMU's user network sees it
 # where a closed machine finds its log receiver: in that network, and nobody else's
@@ -58,6 +59,8 @@ SERVICE_NAMES = (
     "blackbox-exporter",
     "mtail",
 )
+# what a machine has where its profile asks for it and its engine has it
+OPTIONAL_SERVICES = ("grafana", "tempo")
 
 
 class EngineName(enum.StrEnum):
@@ -119,6 +122,7 @@ class SecretKind(enum.StrEnum):
     SCRAM = "scram"  # derived: a PostgreSQL role's password, as the server keeps it
     AUTHORIZED_KEYS = "authorized-keys"  # derived: the operator's public key
     DATES = "dates"  # derived: when each secret was changed last, as metrics
+    COPY = "copy"  # derived: another secret's value, for a reader that may see no more
     GIVEN = "given"  # by a person; never made, and a machine works without it
 
 
@@ -213,6 +217,7 @@ class Service:
     health: Health
     after: tuple[str, ...] = ()
     secrets: tuple[str, ...] = ()
+    engines: tuple[EngineName, ...] = tuple(EngineName)  # whose machines have it
 
 
 @dataclass(frozen=True)
@@ -233,6 +238,7 @@ class Route:
     probe: str
     status: int
     upstream_socket: str | None = None  # a unix socket, in place of a port: the console's
+    shows_login: bool = False  # what signed a client in is passed on: the service asks for it, too
 
 
 @dataclass(frozen=True)
@@ -378,6 +384,14 @@ class AlertReceiver:
 
 
 @dataclass(frozen=True)
+class AptSource:
+    """A package source beside Debian's own, from which the debian engine takes Grafana."""
+
+    line: str  # what follows `deb` in sources.list(5): URI, suite, components
+    key: str  # OpenPGP public key, armored, by which its lists must be signed
+
+
+@dataclass(frozen=True)
 class Network:
     """What crosses the machine's border."""
 
@@ -447,6 +461,8 @@ class Plan:
     remote_write: tuple[str, ...]  # where the critical metrics (rave:*) go
     alerts: tuple[str, ...]
     alert_receivers: tuple[AlertReceiver, ...]
+    dashboards: tuple[str, ...]  # Grafana's, by uid; none where there is no Grafana
+    grafana_source: AptSource | None  # of the debian engine
     secrets: tuple[Secret, ...]
     retention: Retention
     logs: Logs
@@ -478,6 +494,31 @@ class Plan:
         if target is None or not self.forward_relayed or target.host == HOST_ADDRESS:
             return None
         return target.host
+
+    def on(self, engine: EngineName) -> Plan:
+        """The Plan of a machine that `engine` makes: without what that engine does not have.
+
+        What belongs to a service goes with it: its routes, scrape jobs, dashboards and the secrets
+        that nobody else reads. Spans go to Tempo where there is one.
+        """
+        here = tuple(s for s in self.services if engine in s.engines)
+        lost = tuple(s for s in self.services if engine not in s.engines)
+        ports = {p for s in lost for p in s.ports}
+        unread = {n for s in lost for n in s.secrets} - {n for s in here for n in s.secrets}
+        names = {s.name for s in here}
+        return dataclasses.replace(
+            self,
+            services=here,
+            routes=tuple(r for r in self.routes if r.upstream_port not in ports),
+            scrape_jobs=tuple(j for j in self.scrape_jobs if j.port not in ports),
+            dashboards=self.dashboards if "grafana" in names else (),
+            secrets=tuple(s for s in self.secrets if s.name not in unread),
+            otlp_endpoint=TEMPO_OTLP if "tempo" in names else self.otlp_endpoint,
+        )
+
+    def has(self, name: str) -> bool:
+        """Whether there is a service called `name`."""
+        return any(s.name == name for s in self.services)
 
     def service(self, name: str) -> Service:
         """The service called `name`; KeyError when the Plan has none."""

@@ -19,6 +19,7 @@ from ravectl.model import (
     Activation,
     Agent,
     AlertReceiver,
+    AptSource,
     EngineName,
     Health,
     HttpProbe,
@@ -79,22 +80,32 @@ def make_plan(
     scrape_seconds: int,
     remote_write: tuple[str, ...] = (),
     alert_receivers: tuple[AlertReceiver, ...] = (),
+    grafana_source: AptSource | None = None,
 ) -> Plan:
-    """The Plan of a validated profile. The same arguments give the same Plan on every host."""
+    """The Plan of a validated profile. The same arguments give the same Plan on every host.
+
+    It has the services that `limits` names. `Plan.on` says what of it a machine of an engine has.
+    """
+    rows = tuple(row for row in (*SERVICES, *_optional(grafana_source)) if row.name in limits)
+    readers = {n for row in rows for n in row.secrets}
+    unread = {n for row in _optional(None) for n in row.secrets} - readers
+    ports = {p for row in rows for p in row.ports}
     return Plan(
         profile=profile,
         machine=machine,
         hostname=f"rave-{profile}",
         operator=OPERATOR,
         accounts=ACCOUNTS,
-        services=tuple(_service(row, limits[row.name]) for row in SERVICES),
-        routes=ROUTES,
-        scrape_jobs=scrape_jobs(scrape_seconds),
+        services=tuple(_service(row, limits[row.name]) for row in rows),
+        routes=tuple(r for r in ROUTES if r.upstream_port is None or r.upstream_port in ports),
+        scrape_jobs=tuple(j for j in scrape_jobs(scrape_seconds) if j.port in ports),
         scrape_seconds=scrape_seconds,
         remote_write=(LONG_TERM, *remote_write),
         alerts=ALERTS,
         alert_receivers=alert_receivers,
-        secrets=SECRETS,
+        dashboards=DASHBOARDS if "grafana" in limits else (),
+        grafana_source=grafana_source if "grafana" in limits else None,
+        secrets=tuple(s for s in SECRETS if s.name not in unread),
         retention=retention,
         logs=logs,
         network=Network(
@@ -141,6 +152,7 @@ class _Row:
         ports: tuple[int, ...] = (),
         after: tuple[str, ...] = (),
         secrets: tuple[str, ...] = (),
+        engines: tuple[EngineName, ...] = tuple(EngineName),
     ) -> None:
         self.name = name
         self.description = description
@@ -150,6 +162,7 @@ class _Row:
         self.ports = ports or (health.port,)
         self.after = after
         self.secrets = secrets
+        self.engines = engines
 
 
 def _service(row: _Row, limits: _Limits) -> Service:
@@ -168,6 +181,7 @@ def _service(row: _Row, limits: _Limits) -> Service:
         health=row.health,
         after=row.after,
         secrets=row.secrets,
+        engines=row.engines,
     )
 
 
@@ -241,6 +255,24 @@ SERVICES = (
     ),
 )  # fmt: skip
 
+
+def _optional(grafana_source: AptSource | None) -> tuple[_Row, ...]:
+    """The services of which a profile may have none. Debian has neither of their packages."""
+    both = tuple(EngineName)
+    return (
+        _Row(
+            "grafana", "Grafana, dashboards", "grafana.service", "grafana",
+            Health(3030, "/api/health"), debian="grafana-server.service",
+            secrets=("grafana/secret-key", "grafana/admin-password"),
+            engines=both if grafana_source else (EngineName.NIX,),
+        ),
+        _Row(
+            "tempo", "Tempo, which keeps traces", "tempo.service", "tempo",
+            Health(3200, "/ready"), ports=(3200, 4318, 9095), engines=(EngineName.NIX,),
+        ),
+    )  # fmt: skip
+
+
 ROUTES = (
     Route("console", "/", None, None, "/", Access.SIGNED_IN, "/", 200, CONSOLE_SOCKET),
     Route(
@@ -302,6 +334,18 @@ ROUTES = (
     Route("kanban-host", "/", "kanban.localhost", 3000, "/", Access.SIGNED_IN, "/api/health", 200),
     Route("router", "/ccr/", None, 3456, "/", Access.SIGNED_IN_OR_KEY, "/ccr/health", 200),
     Route("router-host", "/", "ccr.localhost", 3456, "/", Access.SIGNED_IN_OR_KEY, "/ui/", 200),
+    # it knows the same user and password, so who signed in once is signed in there
+    Route(
+        "grafana",
+        "/grafana/",
+        None,
+        3030,
+        "/grafana/",
+        Access.SIGNED_IN,
+        "/grafana/api/health",
+        200,
+        shows_login=True,
+    ),
     Route("metrics", "/metrics", None, None, None, Access.NOBODY, "/metrics", 404),
     Route("prometheus", "/prometheus/", None, None, None, Access.NOBODY, "/prometheus/", 404),
 )
@@ -310,10 +354,13 @@ ROUTES = (
 ALERTS = (
     "ServiceDown", "OomKill", "ServiceFlapping", "MemoryPressure", "ServiceMemory", "CpuSaturated",
     "DiskFilling", "MonitoringBroken", "HttpErrors", "HttpSlow", "AuthFailures", "BruteForce",
-    "WebhookErrors", "QueueStuck", "TaskFailures", "TraceCoverageLow", "DatabaseCorrupt",
-    "BackupStale", "BackupBroken", "CertificateExpiring", "SecretsStale", "AvailabilityBurnFast",
-    "AvailabilityBurnSlow",
+    "WebhookErrors", "RuleFailures", "QueueStuck", "TaskFailures", "TraceCoverageLow",
+    "DatabaseCorrupt", "BackupStale", "BackupBroken", "CertificateExpiring", "SecretsStale",
+    "AvailabilityBurnFast", "AvailabilityBurnSlow",
 )  # fmt: skip
+
+# templates/common/dashboards/ has them: a file of the same name each
+DASHBOARDS = ("rave-project-health", "rave-agent-performance", "rave-system-health")
 
 LONG_TERM = "http://127.0.0.1:8428/api/v1/write"  # VictoriaMetrics
 UNIT_STATE_SECONDS = 5  # how often the state of units is looked at: ServiceDown's deadline
@@ -368,6 +415,11 @@ def scrape_jobs(seconds: int) -> tuple[ScrapeJob, ...]:
             "vm_(rows|free_disk_space_bytes|data_size_bytes|rows_inserted_total|"
             "slow_queries_total|http_request_errors_total)|" + _PROCESS,
         ),
+        ScrapeJob("grafana", 3030, "/metrics", own, _PROCESS),
+        ScrapeJob(
+            "tempo", 3200, "/metrics", own,
+            "tempo_(distributor_spans_received_total|discarded_spans_total)|" + _PROCESS,
+        ),
     )  # fmt: skip
 
 
@@ -401,6 +453,15 @@ SECRETS = (
         mode="0640", source="ingress/password",
     ),
     Secret("ccr/api-key", SecretKind.PASSWORD, _SHARED, Activation.RELOAD),
+    # data sources hold no secrets that it could encrypt; what a person enters there would be lost
+    Secret(
+        "grafana/secret-key", SecretKind.PASSWORD, _SHARED, Activation.RESTART, owner="grafana",
+        group="grafana", mode="0400", in_all=False,
+    ),
+    Secret(
+        "grafana/admin-password", SecretKind.COPY, _MADE, Activation.RESTART, owner="grafana",
+        group="grafana", mode="0400", source="ingress/password",
+    ),
     # read by the exporter when it starts
     Secret(
         "postgres/exporter-password", SecretKind.PASSWORD, _SHARED, Activation.RESTART,

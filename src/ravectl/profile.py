@@ -34,7 +34,13 @@ from rave_dispatcher.domain.rules import Condition, Rule, RuleError
 from rave_dispatcher.domain.tasks import AgentType
 from ravectl import files, model
 from ravectl.errors import ProfileError, UsageError
-from ravectl.model import AGENT_MB_LEAST, AGENT_TYPES, RESERVED_MB, SERVICE_NAMES
+from ravectl.model import (
+    AGENT_MB_LEAST,
+    AGENT_TYPES,
+    OPTIONAL_SERVICES,
+    RESERVED_MB,
+    SERVICE_NAMES,
+)
 
 DEFAULT = "safe"
 WORKSPACE_FILE = "rave.yaml"
@@ -147,9 +153,10 @@ FILLED = AfterValidator(_filled)
 
 
 def _known_service(name: str) -> str:
-    if name not in SERVICE_NAMES:
-        known = f"the services are {', '.join(SERVICE_NAMES)}"
-        raise _wrong("unknown service", _nearest(name, SERVICE_NAMES) or known)
+    names = (*SERVICE_NAMES, *OPTIONAL_SERVICES)
+    if name not in names:
+        known = f"the services are {', '.join(names)}"
+        raise _wrong("unknown service", _nearest(name, names) or known)
     return name
 
 
@@ -452,6 +459,7 @@ class TracingSection(_Section):
     """Where spans go beside the dispatcher's store, by OTLP over HTTP."""
 
     otlp_endpoint: Url | None = None
+    tempo: Annotated[bool, Field(strict=True)] = False
 
 
 class ReceiverSection(_Section):
@@ -488,9 +496,50 @@ class ReceiverSection(_Section):
         return self
 
 
-class MonitoringSection(_Section):
-    """Where metrics and alerts go beside this machine."""
+def _public_key(value: str) -> str:
+    """One armored OpenPGP public key block and nothing else that may stand in the text."""
+    found = re.findall(
+        r"-----BEGIN PGP PUBLIC KEY BLOCK-----\n.*?\n-----END PGP PUBLIC KEY BLOCK-----",
+        value,
+        re.S,
+    )
+    if "PRIVATE KEY" in value or len(found) != 1:
+        cause = "there is a private key in it" if "PRIVATE KEY" in value else "it is no public key"
+        remedy = "write the armored key, as gpg --armor --export prints it, after `apt_key: |`"
+        raise _wrong(cause, remedy)
+    return str(found[0]) + "\n"
 
+
+AptLine = Annotated[
+    str,
+    _word(
+        r"(https://[A-Za-z0-9.-]{1,253}(:[0-9]{1,5})?|http://(127\.0\.0\.1|localhost):[0-9]{1,5})"
+        r"/[A-Za-z0-9._~/-]{0,256}( [A-Za-z0-9._/-]{1,64}){2,8}",
+        "a package source (https, or http to this host; URI, suite, components)",
+        "'https://apt.example.org/ stable main'",
+    ),
+]
+
+
+class GrafanaSection(_Section):
+    """Grafana with the dashboards. Debian has no package of it: the user names a source."""
+
+    enabled: Annotated[bool, Field(strict=True)] = False
+    apt_source: AptLine | None = None
+    apt_key: Annotated[str, AfterValidator(_public_key)] | None = None
+
+    @model_validator(mode="after")
+    def _source_is_signed(self) -> GrafanaSection:
+        if (self.apt_source is None) != (self.apt_key is None):
+            missing = "apt_key" if self.apt_key is None else "apt_source"
+            raise _wrong(f"{missing} is missing", f"add {missing}, or leave both out")
+        return self
+
+
+class MonitoringSection(_Section):
+    """Where metrics and alerts go beside this machine, and whether there are dashboards in it."""
+
+    grafana: GrafanaSection = GrafanaSection()
     remote_write: Annotated[tuple[Url, ...], Field(max_length=4)] = ()
     receivers: Annotated[tuple[ReceiverSection, ...], Field(max_length=3)] = ()
 
@@ -532,6 +581,14 @@ class PlanArguments(TypedDict):
     scrape_seconds: int
     remote_write: tuple[str, ...]
     alert_receivers: tuple[model.AlertReceiver, ...]
+    grafana_source: model.AptSource | None
+
+
+# of services that a profile may switch on without a word about their limits
+OPTIONAL_LIMITS = {
+    "grafana": {"memory": "256 MB", "cpu": "100 %", "oom_score_adjust": 200, "tasks": 128},
+    "tempo": {"memory": "160 MB", "cpu": "100 %", "oom_score_adjust": 200, "tasks": 64},
+}
 
 
 class Profile(_Section):
@@ -557,27 +614,36 @@ class Profile(_Section):
         if missing := [name for name in SERVICE_NAMES if name not in services]:
             keys = ", ".join(_aliases(ServiceLimits))
             raise _wrong(f"no limits for {', '.join(missing)}", f"add each with {keys}")
-        return {name: services[name] for name in SERVICE_NAMES}
+        known = (*SERVICE_NAMES, *OPTIONAL_SERVICES)
+        return {name: services[name] for name in known if name in services}
+
+    def limits(self) -> dict[str, ServiceLimits]:
+        """What each service that this profile's machines may have is held to."""
+        wanted = {"grafana": self.monitoring.grafana.enabled, "tempo": self.tracing.tempo}
+        found = {name: self.services[name] for name in SERVICE_NAMES}
+        for name in (n for n in OPTIONAL_SERVICES if wanted[n]):
+            usual = ServiceLimits.model_validate(OPTIONAL_LIMITS[name])
+            found[name] = self.services.get(name, usual)
+        return found
 
     @model_validator(mode="after")
     def _memory_suffices(self) -> Profile:
-        total = sum(s.memory_mb for s in self.services.values())
+        limits = self.limits()
+        total = sum(s.memory_mb for s in limits.values())
         limit = self.machine.memory_mb - RESERVED_MB
         if total > limit:
-            name = min(self.services, key=self._hunger)
+            hungriest = sorted(limits, key=lambda n: -limits[n].memory_mb)
+            name = hungriest[0]
             raise _wrong(
                 f"the services' memory sums to {total} MB, {limit} MB are there for them "
                 f"({self.machine.memory_mb} MB less {RESERVED_MB} MB for the system); "
-                f"the largest is {name} with {self.services[name].memory_mb} MB",
+                f"the largest is {name} with {limits[name].memory_mb} MB",
                 f"write at least '{total + RESERVED_MB} MB' as machine.memory, or lower "
                 f"services.{name}.memory",
-                *(("services", n, "memory") for n in sorted(self.services, key=self._hunger)),
+                *(("services", n, "memory") for n in hungriest),
                 ("machine", "memory"),
             )
         return self
-
-    def _hunger(self, service: str) -> int:
-        return -self.services[service].memory_mb
 
     @model_validator(mode="after")
     def _disk_suffices(self) -> Profile:
@@ -667,7 +733,7 @@ class Profile(_Section):
             egress=self.network.egress,
             ssh_host_port=self.network.ssh_port,
             https_host_port=self.network.https_port,
-            limits=self.services,
+            limits=self.limits(),
             providers=self.router.providers,
             agent_concurrency=self.agents.concurrency,
             agents=tuple(self._agent(name) for name in AGENT_TYPES),
@@ -679,11 +745,12 @@ class Profile(_Section):
                 model.AlertReceiver(r.kind, r.channel, r.to, r.sender, r.smarthost, r.username)
                 for r in self.monitoring.receivers
             ),
+            grafana_source=_apt_source(self.monitoring.grafana),
         )
 
     def _agent_share_mb(self) -> int:
         """What one task may use: what the services leave, shared among those at once."""
-        taken = sum(s.memory_mb for s in self.services.values())
+        taken = sum(s.memory_mb for s in self.limits().values())
         left = self.machine.memory_mb - RESERVED_MB - taken
         return max(left // self.agents.concurrency, AGENT_MB_LEAST)
 
@@ -762,6 +829,12 @@ def _rule(said: RuleSection) -> model.WebhookRule:
         max_attempts=said.max_attempts,
         command=said.command,
     )
+
+
+def _apt_source(said: GrafanaSection) -> model.AptSource | None:
+    if not (said.apt_source and said.apt_key):
+        return None
+    return model.AptSource(line=said.apt_source, key=said.apt_key)
 
 
 def _forward(section: ForwardSection | None) -> model.LogForward | None:
@@ -1099,7 +1172,7 @@ def _known(keys: Keys) -> tuple[str, ...]:
             kind = next((a for a in reversed(get_args(kind)) if a is not Ellipsis), None)
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return _aliases(kind)
-    return SERVICE_NAMES if get_origin(kind) is dict else ()
+    return (*SERVICE_NAMES, *OPTIONAL_SERVICES) if get_origin(kind) is dict else ()
 
 
 def _aliases(section: type[BaseModel]) -> tuple[str, ...]:

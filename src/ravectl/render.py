@@ -52,6 +52,7 @@ def render(
     environment.filters["umask"] = _umask
     environment.filters["nix"] = to_nix
     environment.filters["yaml"] = to_yaml
+    environment.filters["ini"] = to_ini
     environment.filters["from_json"] = json.loads
     names = {
         "plan": plan, "distribution": folder.name, "ssh_announcement": SSH_ANNOUNCEMENT,
@@ -85,7 +86,10 @@ def _file(
         return RenderedFile(path=path, target=target)
     source = entry.get("from", f"{path}.j2")
     try:
-        content = environment.get_template(source).render(names)
+        if entry.get("raw"):
+            content = _source(environment, source)
+        else:
+            content = environment.get_template(source).render(names)
     except jinja2.TemplateError as e:
         line = getattr(e, "lineno", None)
         where = f"{source}:{line}" if line else source
@@ -94,6 +98,12 @@ def _file(
             "if you changed the template, mend that line; else install ravectl again",
         ) from None
     return RenderedFile(path=path, content=content, mode=int(str(entry.get("mode", "644")), 8))
+
+
+def _source(environment: jinja2.Environment, source: str) -> str:
+    """A file that is no template: it has braces of its own."""
+    assert environment.loader is not None
+    return environment.loader.get_source(environment, source)[0]
 
 
 class _OneLine(yaml.SafeDumper):
@@ -109,6 +119,11 @@ _OneLine.add_representer(tuple, yaml.SafeDumper.represent_list)
 def to_yaml(value: Any) -> str:
     """A value on one line of YAML. Not as JSON: a character beyond 16 bits is two there."""
     return yaml.dump([value], Dumper=_OneLine, default_flow_style=True, width=2**31)[1:-2]
+
+
+def to_ini(value: object) -> str:
+    """A value of an INI file as Grafana reads it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _umask(mode: str) -> str:

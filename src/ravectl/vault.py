@@ -447,6 +447,8 @@ def _value(
         return None if source is None else credentials.htpasswd(plan.operator, source)
     if s.kind is SecretKind.SCRAM:
         return None if source is None else credentials.scram_verifier(s.role or "", source)
+    if s.kind is SecretKind.COPY:
+        return None if source is None else source.rstrip("\n") + "\n"
     held = machine if s.scope is SecretScope.INSTANCE else shared
     value = held.values.get(s.name)
     return None if value is None else value.rstrip("\n") + "\n"

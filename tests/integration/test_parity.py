@@ -25,7 +25,8 @@ from ravectl import images, model, sops, vault
 from ravectl.model import Access, Activation, EngineName, Plan, RenderedTree, SecretKind
 from tests import nixos
 
-PLANS = {p.profile: p for p in nixos.shipped()}
+# of full-pipe what both can have; what is of NixOS alone is held below
+PLANS = {p.profile: p for p in (nixos.shipped()[0], nixos.on_both())}
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -155,6 +156,11 @@ class Debian:
 
     def flags(self, package: str) -> dict[str, str]:
         return dict((f"{w}=").split("=")[:2] for w in self.words(package))
+
+    def grafana(self) -> dict[str, dict[str, str]]:
+        ini = configparser.RawConfigParser(interpolation=None)
+        ini.read_string(self.text("etc/grafana/grafana.ini"))
+        return {name: dict(ini[name]) for name in ini.sections()}
 
     def secrets(self) -> dict[str, tuple[str, str, str]]:
         """Owner, group and mode of each file of a bundle that has all."""
@@ -303,6 +309,9 @@ def listeners(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     here.add(debian.flags("prometheus-pushgateway")["--web.listen-address"])
     here.add(debian.flags("victoria-metrics")["-httpListenAddr"])
     here.add(_mtail_listens(debian.unit("mtail").one("ExecStart")))
+    if plan.has("grafana"):
+        where = debian.grafana()["server"]
+        here.add(f"{where['http_addr']}:{where['http_port']}")
     return expected, here, _nixos_listeners(nix)
 
 
@@ -323,6 +332,9 @@ def _nixos_listeners(nix: NixOS) -> set[str]:
     there.add(nix.at("services.prometheus.pushgateway.web.listen-address"))
     there.add(nix.at("services.victoriametrics.listenAddress"))
     there.add(_mtail_listens(nix.config("mtail")["ExecStart"]))
+    if nix.plan.has("grafana"):
+        where = nix.at("services.grafana.settings.server")
+        there.add(f"{where['http_addr']}:{where['http_port']}")
     return there
 
 
@@ -619,6 +631,51 @@ def _group(unit: str) -> str:
 
 
 @row
+def grafana(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    """Its settings, data sources and dashboards, and the password that it is given."""
+    if not plan.has("grafana"):
+        assert not any("grafana" in f.path for f in debian.tree.files)
+        assert "grafana" not in nix.at("services")
+        return [], []
+    folder = nixos.flake() / "modules" / plan.hostname
+    here, options = debian.grafana(), nix.at("services.grafana")
+    there = {
+        section: {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in rows.items()}
+        for section, rows in options["settings"].items()
+    }
+    home = plan.dashboards[0]
+    assert here.pop("dashboards") == {
+        "default_home_dashboard_path": f"/usr/share/rave/dashboards/{home}.json"
+    }
+    (place,) = there.pop("dashboards").values()
+    assert re.fullmatch(rf"/.*-dashboards/{home}\.json", place)
+    provision = nix.at("services.grafana.provision")
+    (ours,) = provision["dashboards"]["settings"]["providers"]
+    (written,) = yaml.safe_load(debian.text("etc/grafana/provisioning/dashboards/rave.yaml"))[
+        "providers"
+    ]
+    assert written.pop("options") == {"path": "/usr/share/rave/dashboards"}
+    assert str(ours["options"]["path"]).endswith("dashboards")
+    ours = {k: v for k, v in ours.items() if k != "options"}
+    sources = yaml.safe_load(debian.text("etc/grafana/provisioning/datasources/rave.yaml"))
+    boards = {
+        f.path.rpartition("/")[2]: f.content
+        for f in debian.tree.files
+        if f.path.startswith("usr/share/rave/dashboards/")
+    }
+    assert set(boards) == {f"{uid}.json" for uid in plan.dashboards}
+    assert debian.unit("grafana").one("ExecStartPre") == "/usr/lib/rave/grafana-password"
+    assert nix.service("grafana")["preStart"].endswith("-grafana-password")
+    (program,) = nix.service("grafana")["path"]
+    assert str(program).endswith("-grafana")
+    return (
+        [here, written, sources["datasources"], boards],
+        [there, ours, provision["datasources"]["settings"]["datasources"],
+         {p.name: p.read_text() for p in (folder / "files/dashboards").glob("*.json")}],
+    )  # fmt: skip
+
+
+@row
 def critical_metrics(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     written = yaml.safe_load(debian.text("etc/prometheus/prometheus.yml"))
     flags = debian.flags("victoria-metrics")
@@ -668,7 +725,7 @@ def program_flags(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
 def go_programs(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     """Their collectors know their limits."""
     here, there = {}, {}
-    for name in MONITORING:
+    for name in _measuring(plan):
         here[name] = dict(w.split("=") for w in debian.unit(name).one("Environment").split())
         there[name] = dict(nix.service(name)["environment"])
         limit = plan.service(name).limits
@@ -679,14 +736,19 @@ def go_programs(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     return here, there
 
 
+def _measuring(plan: Plan) -> tuple[str, ...]:
+    return (*MONITORING, *(("grafana",) if plan.has("grafana") else ()))
+
+
 @row
 def monitoring_is_local(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     """Only Prometheus (a remote endpoint) and Alertmanager (receivers) may reach the outside."""
-    closed = {n: n != "prometheus" for n in MONITORING}
+    names = _measuring(plan)
+    closed = {n: n != "prometheus" for n in names}
     closed["alertmanager"] = not plan.network.egress
-    here = {n: debian.unit(n).get("IPAddressDeny") == ["any"] for n in MONITORING}
-    there = {n: nix.config(n).get("IPAddressDeny") == "any" for n in MONITORING}
-    for n in MONITORING:
+    here = {n: debian.unit(n).get("IPAddressDeny") == ["any"] for n in names}
+    there = {n: nix.config(n).get("IPAddressDeny") == "any" for n in names}
+    for n in names:
         assert debian.unit(n).get("IPAddressAllow", [None])[-1] == nix.config(n).get(
             "IPAddressAllow"
         )
@@ -933,6 +995,7 @@ def enabled(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
         *(f"services.prometheus.exporters.{e}" for e in EXPORTERS), "services.victoriametrics",
         "services.prometheus.alertmanager", "services.prometheus.pushgateway",
         "networking.nftables", "systemd.network",
+        *(("services.grafana", "services.grafana.provision") if plan.has("grafana") else ()),
     )  # fmt: skip
     wanted = "etc/systemd/system/multi-user.target.wants"
     here = {debian.tree.file(f"{wanted}/{plan.service(s).unit['debian']}").target for s in OURS}
@@ -1021,8 +1084,9 @@ def other(value: Any) -> Any:
     return "other"
 
 
-def test_every_setting_is_held_by_a_row_or_is_of_nixos_own() -> None:
-    plan, debian, nix = sides("safe")
+@pytest.mark.parametrize("profile", PLANS)
+def test_every_setting_is_held_by_a_row_or_is_of_nixos_own(profile: str) -> None:
+    plan, debian, nix = sides(profile)
     unheld = []
     for at in leaves(nix.options):
         name = ".".join(map(str, at))
@@ -1044,6 +1108,28 @@ def agree(function: Row, plan: Plan, debian: Debian, nix: NixOS) -> bool:
     except Exception:
         return False
     return all(other == first for other in others)
+
+
+def test_nixos_alone_has_tempo_and_nothing_else() -> None:
+    """What full-pipe says beyond that which Debian can have, too."""
+    both = nixos.values(nixos.on_both().hostname)
+    full = nixos.values("rave-full-pipe")
+    settings = full["services"]["tempo"]["settings"]
+    assert settings["distributor"]["receivers"]["otlp"]["protocols"]["http"]["endpoint"] in (
+        model.TEMPO_OTLP
+    )
+    assert settings["usage_report"] == {"reporting_enabled": False}
+    more = {at[:3] for at in leaves(full)} - {at[:3] for at in leaves(both)}
+    assert more == {
+        ("services", "tempo", "enable"), ("services", "tempo", "settings"),
+        ("systemd", "services", "tempo"),
+    }  # fmt: skip
+    sources = full["services"]["grafana"]["provision"]["datasources"]["settings"]["datasources"]
+    assert sources[-1]["uid"] == "rave-tempo"
+    assert sources[-1]["url"] == f"http://127.0.0.1:{settings['server']['http_listen_port']}"
+    folder = nixos.flake() / "modules/rave-full-pipe/files"
+    tracing = yaml.safe_load((folder / "dispatcher.yaml").read_text())["tracing"]
+    assert tracing == {"otlp_endpoint": model.TEMPO_OTLP}
 
 
 def test_rotation_calls_what_both_engines_have() -> None:

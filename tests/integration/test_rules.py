@@ -196,6 +196,14 @@ CASES = [
     ),
     Case("WebhookErrors", {HOOK.format("202"): "0+90x20"}, "6m", (), "1m"),
     Case(
+        "RuleFailures", {"rave_dispatcher_rules_failed_total": "0x3 2x20"}, "10m",
+        (({"service": "dispatcher"},
+          "the rules failed on 2 events of 15 minutes, which became no tasks"),), "1m",
+    ),
+    # told once, not for as long as the dispatcher runs
+    Case("RuleFailures", {"rave_dispatcher_rules_failed_total": "0x3 2x30"}, "25m", (), "1m"),
+    Case("RuleFailures", {"rave_dispatcher_rules_failed_total": "2x20"}, "10m", (), "1m"),
+    Case(
         "QueueStuck", {'rave_dispatcher_queue_oldest_seconds{state="pending"}': "0+60x20"}, "8m",
         (({"service": "dispatcher"}, "a task or event has waited for 8m 0s"),), "1m",
     ),

@@ -47,7 +47,8 @@ def make(root: Path) -> Made:
     operator = credentials.ensure_operator_key(root / "ssh")
     shared = vault.complete(vault.Vault(), SECRETS, now)
     machine = vault.complete_machine(vault.Vault(), PLAN, shared, now)
-    got = vault.delivery(PLAN, shared, machine, [operator.public])
+    every = dataclasses.replace(PLAN, secrets=SECRETS)  # also what only a larger machine has
+    got = vault.delivery(every, shared, machine, [operator.public])
     values = {**shared.values, **machine.values, **got}
     files = {name: root / name.replace("/", ".") for name in values}
     for name, path in files.items():

@@ -7,6 +7,7 @@ of UNREADABLE leaves nothing to judge: that is an error, never a pass and never 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -18,7 +19,7 @@ import pytest
 
 from ravectl import profile
 from ravectl.model import EngineName
-from ravectl.plan import make_plan
+from ravectl.plan import DASHBOARDS, make_plan
 from ravectl.verify import CHECKS, Check, Judgement, Subject
 from ravectl.verify.http import nearest_rank
 from ravectl.verify.service import boot_offset
@@ -742,6 +743,38 @@ def test_what_proves_nothing_is_an_error(number: str, change: Change) -> None:
     found = judge(check, change(recorded(check)))
     assert (found.ok, found.ran) == (False, False), found.seen
     assert found.remedy
+
+
+# what a machine with Grafana says beyond that which was recorded; the form is the script's own
+SHOWN = "== dashboards ==\n" + "".join(f"{uid} 200 yes\n" for uid in DASHBOARDS) + "== end"
+
+
+@pytest.mark.parametrize(
+    ("change", "ok", "says"),
+    [
+        (swap("", ""), True, "3 dashboards"),
+        (swap("health 200 yes", "health 404 no"), False, "rave-project-health is missing"),
+        (swap("rave-project-health 200 yes\n", ""), False, "rave-project-health is missing"),
+        (swap("health 200 yes", "health 200 no"), False, "is not the provisioned one"),
+        (swap("health 200 yes", "health 401 no"), False, "Grafana refuses its first user"),
+        (swap("health 200 yes", "health 500 no"), False, "Grafana answers 500"),
+    ],
+)
+def test_a_machine_with_grafana_has_its_dashboards(change: Change, ok: bool, says: str) -> None:
+    plan = dataclasses.replace(SUBJECT.plan, dashboards=DASHBOARDS)
+    output = change(swap("== end", SHOWN)(recorded(BY_ID["O2"])))
+    found = BY_ID["O2"].judge(Subject(plan, EngineName.NIX), output)
+    assert (found.ok, found.ran) == (ok, True), found.seen
+    assert says in found.seen
+    assert "3 dashboards" in found.expected
+
+
+@pytest.mark.parametrize("answer", ["", "rave-project-health 000 no\n", "curl: (7) refused\n"])
+def test_a_grafana_that_says_nothing_is_an_error(answer: str) -> None:
+    plan = dataclasses.replace(SUBJECT.plan, dashboards=DASHBOARDS)
+    output = swap("== end", f"== dashboards ==\n{answer}== end")(recorded(BY_ID["O2"]))
+    found = BY_ID["O2"].judge(Subject(plan, EngineName.NIX), output)
+    assert (found.ok, found.ran) == (False, False), found.seen
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.id)

@@ -6,18 +6,20 @@ import itertools
 
 import pytest
 
-from ravectl import model, profile
+from ravectl import building, model, profile
 from ravectl.model import (
     CONSOLE_SOCKET,
     INGRESS_PORT,
     RESERVED_MB,
     SERVICE_NAMES,
     SSH_PORT,
+    TEMPO_OTLP,
     Access,
+    AptSource,
     EngineName,
     Plan,
 )
-from ravectl.plan import SERVICES, make_plan
+from ravectl.plan import DASHBOARDS, SERVICES, make_plan
 
 
 def plan_of(name: str) -> Plan:
@@ -71,9 +73,40 @@ def test_profiles_differ_where_they_promise_to() -> None:
     assert safe.hostname != full.hostname
     assert (safe.network.egress, full.network.egress) == (False, True)
     # the machine has the same parts, whatever its size
+    full = full.on(EngineName.DEBIAN)
     assert safe.routes == full.routes
     assert safe.secrets == full.secrets
     assert [s.unit for s in safe.services] == [s.unit for s in full.services]
+
+
+def test_what_an_engine_does_not_have_goes_with_all_that_belongs_to_it() -> None:
+    full = plan_of("full-pipe")
+    nix, debian = full.on(EngineName.NIX), full.on(EngineName.DEBIAN)
+    assert nix.has("grafana")
+    assert nix.has("tempo")
+    assert (nix.otlp_endpoint, debian.otlp_endpoint) == (TEMPO_OTLP, None)
+    assert {s.name for s in nix.services} - {s.name for s in debian.services} == {
+        "grafana", "tempo",
+    }  # fmt: skip
+    assert {r.name for r in nix.routes} - {r.name for r in debian.routes} == {"grafana"}
+    assert {j.name for j in nix.scrape_jobs} - {j.name for j in debian.scrape_jobs} == {
+        "grafana", "tempo",
+    }  # fmt: skip
+    assert {s.name for s in nix.secrets} - {s.name for s in debian.secrets} == {
+        "grafana/secret-key", "grafana/admin-password",
+    }  # fmt: skip
+    assert (nix.dashboards, debian.dashboards) == (DASHBOARDS, ())
+    assert nix.on(EngineName.NIX) == nix
+    assert plan_of("safe").on(EngineName.NIX) == plan_of("safe")
+
+
+def test_with_a_package_source_debian_has_grafana_too() -> None:
+    source = AptSource("https://apt.example.org/ stable main", "key")
+    arguments = profile.load("full-pipe", None).plan_arguments()
+    found = make_plan(**{**arguments, "grafana_source": source}).on(EngineName.DEBIAN)
+    assert found.service("grafana").unit["debian"] == "grafana-server.service"
+    assert found.dashboards == DASHBOARDS
+    assert not found.has("tempo")
 
 
 def test_only_ssh_and_the_ingress_are_open(plan: Plan) -> None:
@@ -137,5 +170,17 @@ def test_accounts_are_distinct_and_only_the_operator_is_powerful(plan: Plan) -> 
 
 def test_every_service_user_is_an_account_or_comes_with_a_package(plan: Plan) -> None:
     packaged = {"root", "www-data", "postgres", "prometheus", "_victoria-metrics", "mtail"}
+    packaged |= {"grafana", "tempo"}
     ours = {a.name for a in plan.accounts}
     assert {s.user for s in plan.services} <= packaged | ours
+
+
+def test_what_a_machine_will_lack_is_told_with_its_remedy() -> None:
+    full = plan_of("full-pipe")
+    assert building.absent(full, EngineName.NIX) == []
+    assert building.absent(plan_of("safe"), EngineName.DEBIAN) == []
+    grafana, tempo = building.absent(full, EngineName.DEBIAN)
+    assert grafana.startswith("the engine debian has no Grafana, so this machine has none: ")
+    assert "monitoring.grafana.apt_source" in grafana
+    assert tempo.startswith("the engine debian has no Tempo, so this machine has none: ")
+    assert "tracing.otlp_endpoint" in tempo

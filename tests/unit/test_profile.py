@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ravectl import credentials, files, images, profile
 from ravectl.errors import EXIT_USAGE, ProfileError, UsageError
-from ravectl.model import RESERVED_MB, SERVICE_NAMES, SecretKind
+from ravectl.model import OPTIONAL_SERVICES, RESERVED_MB, SERVICE_NAMES, SecretKind
 from ravectl.plan import make_plan
 from ravectl.profile import Profile
 
@@ -59,7 +59,8 @@ def test_full_pipe_keeps_its_promises() -> None:
 def test_shipped_profiles_leave_room_for_the_system(name: str) -> None:
     p = profile.load(name, None)
     assert p.name == name
-    assert tuple(p.services) == SERVICE_NAMES
+    more = OPTIONAL_SERVICES if name == "full-pipe" else ()
+    assert tuple(p.services) == tuple(p.limits()) == (*SERVICE_NAMES, *more)
     assert sum(s.memory_mb for s in p.services.values()) <= p.machine.memory_mb - RESERVED_MB
     # what a person needs to get in and to keep data goes last
     by_sacrifice = sorted(p.services, key=lambda s: p.services[s].oom_score_adjust)
@@ -685,4 +686,65 @@ def test_receivers_and_endpoints_get_into_the_plan(tmp_path: Path) -> None:
     ],
 )
 def test_receivers_that_cannot_work_are_refused(tmp_path: Path, text: str, cause: str) -> None:
+    assert cause in error(tmp_path, text).message
+
+
+KEY = """-----BEGIN PGP PUBLIC KEY BLOCK-----
+
+mDMEZw==
+=abcd
+-----END PGP PUBLIC KEY BLOCK-----"""
+
+
+def grafana(**rows: str) -> str:
+    text = "extends: full-pipe\nname: mine\nmonitoring:\n  grafana:\n"
+    for key, value in rows.items():
+        text += f"    {key}: |\n" + "".join(f"      {line}\n" for line in value.splitlines())
+    return text
+
+
+def test_grafana_comes_with_limits_unless_they_are_said(tmp_path: Path) -> None:
+    text = "extends: safe\nname: mine\nmachine: {memory: 3 GB}\n"
+    asked = text + "monitoring: {grafana: {enabled: true}}\n"
+    assert "grafana" not in profile.select(None, {}, workspace(tmp_path, text)).limits()
+    limits = profile.select(None, {}, workspace(tmp_path, asked)).limits()
+    assert (limits["grafana"].memory_mb, "tempo" in limits) == (256, False)
+    own = "services: {grafana: {memory: 300 MB, cpu: 50 %, oom_score_adjust: 0, tasks: 64}}\n"
+    said = profile.select(None, {}, workspace(tmp_path, asked + own)).limits()
+    assert said["grafana"].memory_mb == 300
+
+
+def test_grafana_counts_in_the_sum_of_memory(tmp_path: Path) -> None:
+    text = "extends: safe\nname: mine\nmonitoring: {grafana: {enabled: true}}\n"
+    found = error(tmp_path, text)
+    assert "the services' memory sums to" in found.message
+    assert "as machine.memory" in (found.hint or "")
+
+
+def test_a_package_source_comes_with_the_key_that_signs_it(tmp_path: Path) -> None:
+    both = grafana(apt_source="https://apt.example.org/ stable main", apt_key=KEY)
+    # `|` keeps the line's end, which is none of the source
+    both = both.replace("apt_source: |\n      ", "apt_source: ")
+    source = profile.select(None, {}, workspace(tmp_path, both)).plan_arguments()["grafana_source"]
+    assert source is not None
+    assert source.key == KEY + "\n"
+    alone = grafana(apt_key=KEY)
+    assert "apt_source is missing" in error(tmp_path, alone).message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "cause"),
+    [
+        ("apt_key", KEY.replace("PUBLIC", "PRIVATE"), "there is a private key in it"),
+        ("apt_key", "mDMEZw==", "it is no public key"),
+        ("apt_key", f"{KEY}\n{KEY}", "it is no public key"),
+        ("apt_source", "http://apt.example.org/ stable main", "is not a package source"),
+        ("apt_source", "https://apt.example.org/ stable", "is not a package source"),
+        ("apt_source", "https://x/ [trusted=yes] stable main", "is not a package source"),
+    ],
+)
+def test_what_is_no_signed_source_is_refused(
+    tmp_path: Path, key: str, value: str, cause: str
+) -> None:
+    text = grafana(**{key: value})
     assert cause in error(tmp_path, text).message

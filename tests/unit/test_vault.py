@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from ravectl import audit, credentials, files, journal, rotate, sops, vault
+from ravectl import audit, credentials, delivery, files, journal, profile, rotate, sops, vault
 from ravectl.errors import HostError, RavectlError, UsageError
-from ravectl.model import SecretKind, SecretScope
-from ravectl.plan import SECRETS
+from ravectl.model import EngineName, SecretKind, SecretScope
+from ravectl.plan import SECRETS, make_plan
 from ravectl.sops import Identity
 from ravectl.vault import Places, Vault
 from ravectl.workspace import Workspace
@@ -376,3 +376,27 @@ def test_git_is_searched_for_what_was_once_in_it(made: Places, identity: Identit
     assert "git holds a private key in plain text (id, commit " in seen
     assert shared.values["ccr/api-key"] not in seen
     assert len(seen.splitlines()) == 3
+
+
+def test_grafana_gets_the_password_of_the_ingress_and_starts_anew_with_another() -> None:
+    plan = make_plan(**profile.load("full-pipe", None).plan_arguments())
+    moment = vault.now()
+    shared = vault.complete(Vault(), SECRETS, moment)
+    for engine in EngineName:
+        machine = vault.complete_machine(Vault(), plan.on(engine), shared, moment)
+        given = vault.delivery(plan.on(engine), shared, machine, ["ssh-ed25519 AAAA"])
+        # a machine without Grafana gets nothing of it
+        assert any(name.startswith("grafana/") for name in given) == (engine is EngineName.NIX)
+    password = shared.values["ingress/password"] + "\n"
+    nix = plan.on(EngineName.NIX)
+    machine = vault.complete_machine(Vault(), nix, shared, moment)
+    given = vault.delivery(nix, shared, machine, ["ssh-ed25519 AAAA"])
+    assert given["grafana/admin-password"] == password
+    assert given["grafana/secret-key"] == shared.values["grafana/secret-key"] + "\n"
+    changed = ["ingress/htpasswd", "grafana/admin-password"]
+    assert delivery.commands(nix, EngineName.NIX, changed) == [
+        ["systemctl", "restart", "grafana.service"]
+    ]
+    for name in changed:
+        with pytest.raises(UsageError, match="is made of ingress/password"):
+            rotate.choose(SECRETS, {}, {}, rotate.Asked(names=(name,)), moment)

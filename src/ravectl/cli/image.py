@@ -59,7 +59,9 @@ def plan(
     for s in made.services:
         ports = ",".join(str(p) for p in s.ports)
         limits = f"{s.limits.memory_mb} MB {s.limits.cpu_percent}% cpu"
-        print(f"  {s.name:<14} :{ports:<10} {limits:<18} {s.unit['debian']}")
+        one = s.engines[0] if len(s.engines) == 1 else None
+        unit = f"{s.unit[one]} (only by the engine {one})" if one else s.unit["debian"]
+        print(f"  {s.name:<17} :{ports:<14} {limits:<18} {unit}")
     print("routes")
     for r in made.routes:
         print(f"  {r.host or ''}{r.path:<14} {r.access.value}")

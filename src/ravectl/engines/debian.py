@@ -30,7 +30,7 @@ from pathlib import Path
 from ravectl import command, console, files
 from ravectl.engines import pgcluster
 from ravectl.errors import HostError, RavectlError
-from ravectl.model import Account
+from ravectl.model import Account, AptSource
 
 SUITE = "trixie"
 RECIPE = 7  # raise it when this module makes another base from the same inputs
@@ -133,18 +133,23 @@ class Base:
     packages: tuple[Package, ...]
 
 
-def packages(*, forwarding: bool) -> tuple[str, ...]:
-    """The packages of a base: one whose journal is sent elsewhere has what sends it."""
-    return (*PACKAGES, *(("systemd-journal-remote",) if forwarding else ()))
+def packages(*, forwarding: bool, grafana: AptSource | None = None) -> tuple[str, ...]:
+    """The packages of a base: one whose journal is sent elsewhere has what sends it, and one has
+    Grafana for which somebody named a source of it."""
+    sender = ("systemd-journal-remote",) if forwarding else ()
+    return (*PACKAGES, *sender, *(("grafana",) if grafana else ()))
 
 
-def base_key(accounts: tuple[Account, ...], *, forwarding: bool = False) -> str:
+def base_key(
+    accounts: tuple[Account, ...], *, forwarding: bool = False, grafana: AptSource | None = None
+) -> str:
     """What a base is addressed by: the digest of its recipe (not of a mirror's state)."""
     recipe = [
-        RECIPE, SUITE, EPOCH, packages(forwarding=forwarding),
+        RECIPE, SUITE, EPOCH, packages(forwarding=forwarding, grafana=grafana),
         [[p.name, p.version, p.integrity] for p in NPM_PARTS],
         [[a.name, a.uid, a.home, a.login] for a in accounts],
         files.find_data(WHEELS_LOCK).read_text(), WHEEL_TAGS,
+        *([[grafana.line, grafana.key]] if grafana else []),
     ]  # fmt: skip
     return files.digest_value(recipe)[:16]
 
@@ -185,6 +190,7 @@ def ensure_base(
     accounts: tuple[Account, ...],
     *,
     forwarding: bool = False,
+    grafana: AptSource | None = None,
     fresh: bool = False,
     accept: Callable[[Base], None] = lambda _: None,
 ) -> Base:
@@ -194,7 +200,7 @@ def ensure_base(
     one in the cache. Raises HostError when this host lacks a tool, a right or space,
     RavectlError when a package cannot be had.
     """
-    key = base_key(accounts, forwarding=forwarding)
+    key = base_key(accounts, forwarding=forwarding, grafana=grafana)
     folder = cache / "debian" / f"base-{key}"
     if not fresh and (found := _cached(folder, key)):
         return found
@@ -205,7 +211,7 @@ def ensure_base(
         if not fresh and (found := _cached(folder, key)):
             return found
         with files.staging(cache / "debian", "making") as stage:
-            accept(make_base(stage, accounts, forwarding=forwarding))
+            accept(make_base(stage, accounts, forwarding=forwarding, grafana=grafana))
             files.remove_tree(folder)
             stage.joinpath("base").rename(folder)
     return read_base(folder, key)
@@ -248,7 +254,13 @@ def read_base(folder: Path, key: str) -> Base:
     return base
 
 
-def make_base(stage: Path, accounts: tuple[Account, ...], *, forwarding: bool = False) -> Base:
+def make_base(
+    stage: Path,
+    accounts: tuple[Account, ...],
+    *,
+    forwarding: bool = False,
+    grafana: AptSource | None = None,
+) -> Base:
     """Make a base in the folder `stage`/base; raises as `ensure_base` does."""
     for program in ("mmdebstrap", "npm"):  # a host that lacks one learns it now, not at its turn
         command.find_tool(program)
@@ -260,7 +272,8 @@ def make_base(stage: Path, accounts: tuple[Account, ...], *, forwarding: bool = 
         wheels = stack.enter_context(_fetching_wheels(stage / "wheels"))
         fetching = [(part, stack.enter_context(_fetching(part, stage))) for part in NPM_PARTS]
         with console.step("Debian packages") as step:
-            _bootstrap(root, packages(forwarding=forwarding), step.update)
+            wanted = packages(forwarding=forwarding, grafana=grafana)
+            _bootstrap(root, wanted, _mirrors(stage, grafana), step.update)
         rows = _installed(root)
         with console.step("npm parts") as step:
             for part, running in fetching:
@@ -277,10 +290,31 @@ def make_base(stage: Path, accounts: tuple[Account, ...], *, forwarding: bool = 
         _make_initrd(root, stage / "initramfs", base / "initrd")
         _forget_the_build(root)
     (base / "packages.json").write_text(json.dumps(rows))
-    return read_base(base, base_key(accounts, forwarding=forwarding))
+    return read_base(base, base_key(accounts, forwarding=forwarding, grafana=grafana))
 
 
-def _bootstrap(root: Path, wanted: tuple[str, ...], say: Callable[[str], None]) -> None:
+def _mirrors(stage: Path, grafana: AptSource | None) -> list[str]:
+    """What packages come from, as mmdebstrap takes it: Debian's mirror, and Grafana's source."""
+    if grafana is None:
+        return [host_mirror()]
+    source = stage / "grafana.sources"
+    source.write_text(apt_source(grafana))
+    return [host_mirror(), str(source)]
+
+
+def apt_source(source: AptSource) -> str:
+    """A package source as a file of apt's sources.list.d, with the key within. Pure."""
+    uri, suite, *components = source.line.split()
+    key = "".join(f" {line or '.'}\n" for line in source.key.splitlines())
+    return (
+        f"Types: deb\nURIs: {uri}\nSuites: {suite}\nComponents: {' '.join(components)}\n"
+        f"Architectures: amd64\nSigned-By:\n{key}"
+    )
+
+
+def _bootstrap(
+    root: Path, wanted: tuple[str, ...], mirrors: list[str], say: Callable[[str], None]
+) -> None:
     hooks = [
         # the package would make a cluster that differs each time; pgcluster makes ours
         'mkdir -p "$1/etc/postgresql-common"',
@@ -299,7 +333,7 @@ def _bootstrap(root: Path, wanted: tuple[str, ...], say: Callable[[str], None]) 
         *(f"--dpkgopt=path-exclude=/usr/share/{d}/*" for d in ("doc", "man", "locale", "info")),
         *(f"--setup-hook={h}" for h in hooks),
         "--skip=cleanup/apt/lists",
-        SUITE, root, host_mirror(),
+        SUITE, root, *mirrors,
     ]  # fmt: skip
     watch = _Bootstrapping(root, say)
     command.run(

@@ -50,6 +50,7 @@ TEST_VALUES = {
     SecretKind.TLS_CERT: "$(cat tls.crt)",
     SecretKind.HTPASSWD: "$(cat htpasswd)",
     SecretKind.SCRAM: "$(cat scram)",
+    SecretKind.COPY: "test-password",
     SecretKind.AUTHORIZED_KEYS: "$(cat host.pub)",
     SecretKind.DATES: "# none",
     SecretKind.GIVEN: "",

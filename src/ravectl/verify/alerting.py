@@ -58,11 +58,38 @@ echo '== now =='
 printf '%%(%%s)T\\n'
 """
 
+# As its first user, whose password is in no process's arguments. A line for each dashboard: uid,
+# status, and of the answer (50 KB) whether Grafana has it from a file.
+DASHBOARDS_SCRIPT = """\
+echo '== dashboards =='
+for uid in %(uids)s; do
+  answer=$(curl -sS --max-time 10 -w '\\n%%{http_code}' \\
+    --config <(printf 'user = "%(user)s:%%s"\\n' "$(</run/secrets/grafana/admin-password)") \\
+    "http://127.0.0.1:%(port)d/api/dashboards/uid/$uid" 2>&1)
+  provisioned=no
+  [[ $answer =~ '"provisioned":'\\ ?true ]] && provisioned=yes
+  printf '%%s %%s %%s\\n' "$uid" "${answer##*$'\\n'}" "$provisioned"
+done
+"""
+
+
+def rules_script(subject: Subject) -> tuple[str, bool]:
+    """The script that asks for rules, limits and dashboards; whether root is to run it."""
+    plan = subject.plan
+    names = ("prometheus", "alertmanager", "victoriametrics")
+    script = RULES_SCRIPT % {n: plan.service(n).health.port for n in names}
+    if not plan.dashboards:
+        return script, False
+    asked = {
+        "uids": " ".join(plan.dashboards), "user": plan.operator,
+        "port": plan.service("grafana").health.port,
+    }  # fmt: skip
+    return script + DASHBOARDS_SCRIPT % asked, True
+
 
 def _collect_rules(target: VerifyTarget, deadline: float) -> str:
-    names = ("prometheus", "alertmanager", "victoriametrics")
-    ports = {n: target.plan.service(n).health.port for n in names}
-    return guest.run_script(target, RULES_SCRIPT % ports, deadline)
+    script, root = rules_script(target.subject)
+    return guest.run_script(target, script, deadline, root=root)
 
 
 RULES = Probe("rules", _collect_rules, 45.0)
@@ -86,6 +113,8 @@ def judge_rules(subject: Subject, output: str) -> Judgement:
     """Rules are loaded and work, alerts have where to go, limits are those of the Plan."""
     plan = subject.plan
     expected = f"the {len(plan.alerts)} alerts of the Plan, no rule that fails, and their receivers"
+    if plan.dashboards:
+        expected += f"; {len(plan.dashboards)} dashboards"
     parts = guest.sections(output) or {}
     data, flags = _data(parts.get("rules")), _data(parts.get("flags"))
     receivers = _document(parts.get("receivers"))
@@ -118,9 +147,38 @@ def judge_rules(subject: Subject, output: str) -> Judgement:
         for name, value in counters.items()
         if name.endswith("_total") and value
     ]
+    if plan.dashboards:
+        shown = _dashboards(parts.get("dashboards", ""))
+        if shown is None:
+            return unreadable(expected, "Grafana says nothing of its dashboards")
+        faults += [f for uid in plan.dashboards if (f := _dashboard_fault(uid, shown.get(uid)))]
     records_count = len(rules) - sum(r["type"] == "alerting" for r in rules)
     text = f"{len(found)} alerts, {records_count} recorded series, none fails"
+    if plan.dashboards:
+        text += f", {len(plan.dashboards)} dashboards"
     return judged(expected, text, faults, _LOGS)
+
+
+def _dashboards(text: str) -> dict[str, tuple[str, str]] | None:
+    """What Grafana answered by uid: the status, and whether it is provisioned; None: nothing."""
+    rows = [line.split() for line in text.splitlines()]
+    found = {r[0]: (r[1], r[2]) for r in rows if len(r) == 3}
+    return found if any(status.isdigit() and int(status) for status, _ in found.values()) else None
+
+
+def _dashboard_fault(uid: str, answer: tuple[str, str] | None) -> str | None:
+    match answer:
+        case ("200", "yes"):
+            return None
+        case ("200", _):
+            return f"dashboard {uid} is not the provisioned one"
+        case ("401" | "403", _):
+            return f"dashboard {uid}: Grafana refuses its first user"
+        case ("404", _) | None:
+            return f"dashboard {uid} is missing"
+        case (status, _):
+            return f"dashboard {uid}: Grafana answers {status}"
+    return None
 
 
 def _figures(text: str) -> dict[str, float] | None:

@@ -40,6 +40,7 @@ let
     "curl"
     "findutils"
     "git"
+    "grafana"
     "jq"
     "mtail"
     "nixfmt"
