@@ -18,6 +18,7 @@ from ravectl.errors import RavectlError, UsageError
 from ravectl.model import CheckResult, Endpoint, EngineName, Outcome, Report, Suite
 from ravectl.plan import make_plan
 from ravectl.verify import alerting, framework
+from ravectl.verify.explanations import EXPLANATIONS
 from ravectl.verify.framework import Check, Judgement, Probe, Subject, VerifyTarget, judged
 from ravectl.verify.http import console_faults
 
@@ -193,6 +194,31 @@ def test_ids_are_unique_and_documented() -> None:
     assert len(ids) == len(set(ids))
     text = (Path(__file__).resolve().parents[2] / "docs" / "verify.md").read_text()
     assert [i for i in ids if f"| {i} |" not in text] == []
+
+
+def test_the_documentation_and_explain_say_the_same() -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "verify.md"
+    rows = {
+        cells[1].strip(): cells[3].strip()
+        for line in page.read_text().splitlines()
+        if len(cells := line.split("|")) == 5 and cells[1].strip()[1:].isdigit()
+    }
+    assert rows == {i: e.promise for i, e in EXPLANATIONS.items()}
+    assert set(EXPLANATIONS) == {c.id for c in verify.CHECKS}
+
+
+@pytest.mark.parametrize("check", verify.CHECKS, ids=lambda c: c.id)
+def test_each_check_is_explained(check: Check) -> None:
+    said = verify.explain(check.id.lower())
+    assert said.startswith(f"{check.id}: {check.title} (suite {check.suite.value}, ")
+    assert ("not disruptive" in said) is not check.disruptive
+    e = EXPLANATIONS[check.id]
+    assert all(part in said for part in (e.threat, e.probe, e.failing, e.action))
+
+
+def test_what_does_not_exist_is_not_explained() -> None:
+    with pytest.raises(UsageError, match="no check 'Z9'"):
+        verify.explain("Z9")
 
 
 # --- reporting -------------------------------------------------------------------------------

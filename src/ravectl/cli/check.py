@@ -34,6 +34,15 @@ def verify(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the report to this file.")
     ] = None,
+    junit: Annotated[
+        Path | None, typer.Option("--junit", help="Write JUnit XML to this file, too.")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option("--markdown", help="Write a Markdown report, too.")
+    ] = None,
+    explain: Annotated[
+        str | None, typer.Option("--explain", metavar="ID", help="Say what a check does and why.")
+    ] = None,
     as_json: options.AsJson = False,
     name: options.Name = options.DEFAULT_NAME,
     workspace: options.Folder = None,
@@ -42,11 +51,17 @@ def verify(
     from ravectl import files
     from ravectl import verify as verification
 
+    if explain is not None:
+        sys.stdout.write(verification.explain(explain))
+        return
     fmt = _format("json" if as_json else form)
     found = options.find_instance(workspace, name)
     report = _report(found, _suites(suite), set(check) if check else None, disruptive)
     terminal = output is None and sys.stdout.isatty()
     width = shutil.get_terminal_size((100, 24)).columns
+    for path, extra in ((junit, "junit"), (markdown, "markdown")):
+        if path is not None:
+            files.write_atomic(path, verification.render(report, extra))
     text = verification.render(report, fmt, terminal=terminal, width=width)
     if output is None:
         sys.stdout.write(text)

@@ -4,7 +4,7 @@ report = run(VerifyTarget(...), suites={Suite.SECURITY})
 print(render(report, "junit"))
 """
 
-from ravectl.verify.checks import CHECKS, run, select
+from ravectl.verify.checks import CHECKS, explain, run, select
 from ravectl.verify.framework import Check, Judgement, Probe, Subject, VerifyTarget
 from ravectl.verify.report import Format, render, summary
 
@@ -16,6 +16,7 @@ __all__ = [
     "Probe",
     "Subject",
     "VerifyTarget",
+    "explain",
     "render",
     "run",
     "select",

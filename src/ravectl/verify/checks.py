@@ -8,6 +8,7 @@ from typing import Final
 from ravectl.errors import UsageError
 from ravectl.model import CheckResult, Report, Suite
 from ravectl.verify import alerting, events, http, observability, secrecy, security, service
+from ravectl.verify.explanations import text
 from ravectl.verify.framework import Check, VerifyTarget, execute
 
 CHECKS: Final[tuple[Check, ...]] = (
@@ -49,6 +50,12 @@ def select(
             "no check is both in the suites and among the ids asked for", f"the checks are: {known}"
         )
     return chosen
+
+
+def explain(id_: str) -> str:
+    """What a check does and why, for a person. Raises UsageError for an id that does not exist."""
+    (check,) = select(ids={id_})
+    return text(check.id, check.title, check.suite.value, disruptive=check.disruptive)
 
 
 def run(
