@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import jsonschema_rs
 import pytest
 
 from ravectl import profile, verify
@@ -239,7 +240,7 @@ def report(*, broken: bool = True) -> Report:
         found += [bad, dataclasses.replace(bad, id="H2", outcome=Outcome.ERROR, seen="silence")]
     return Report(
         instance="default", profile="safe", image="0123456789abcdef", results=tuple(found),
-        seconds=1.5,
+        seconds=1.5, started="2026-11-25T08:00:00Z", not_checked=("O3",),
     )  # fmt: skip
 
 
@@ -250,6 +251,42 @@ def test_json() -> None:
         ("S1", "passed"), ("H1", "failed"), ("H2", "error")
     ]  # fmt: skip
     assert json.loads(verify.render(report(broken=False), "json"))["holds"] is True
+
+
+def test_json_keeps_to_its_schema() -> None:
+    validator = jsonschema_rs.Draft202012Validator(json.loads(verify.schema()))
+    for one in (
+        report(),
+        report(broken=False),
+        framework.execute([check("A1", saying("no"))], TARGET),
+    ):
+        validator.validate(json.loads(verify.render(one, "json")))
+
+
+@pytest.mark.parametrize("where", ["report", "result"])
+def test_the_schema_has_exactly_the_fields_of_the_model(where: str) -> None:
+    tree = json.loads(verify.schema())
+    kind, own = (Report, {"holds"}) if where == "report" else (CheckResult, set())
+    part = tree if where == "report" else tree["$defs"]["result"]
+    names = {f.name for f in dataclasses.fields(kind)} | own
+    assert set(part["properties"]) == set(part["required"]) == names
+
+
+def test_the_schema_refuses_drift() -> None:
+    validator = jsonschema_rs.Draft202012Validator(json.loads(verify.schema()))
+    good = json.loads(verify.render(report(), "json"))
+    for change in ({"more": 1}, {"results": []}, {"started": "today"}, {"holds": "yes"}):
+        assert not validator.is_valid(good | change)
+    assert [v for v in good if validator.is_valid({k: good[k] for k in good if k != v})] == []
+    suites = json.loads(verify.schema())["$defs"]["result"]["properties"]
+    assert suites["suite"]["enum"] == [s.value for s in Suite]
+    assert set(suites["outcome"]["enum"]) == {o.value for o in Outcome}
+
+
+def test_what_was_not_chosen_is_named() -> None:
+    text = verify.render(report(), "markdown")
+    for part in ("image: 0123456789abcdef", "2026-11-25T08:00:00Z", "not checked: O3"):
+        assert part in text
 
 
 def test_junit() -> None:

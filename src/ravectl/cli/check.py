@@ -43,6 +43,9 @@ def verify(
     explain: Annotated[
         str | None, typer.Option("--explain", metavar="ID", help="Say what a check does and why.")
     ] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON Schema of --json.")
+    ] = False,
     as_json: options.AsJson = False,
     name: options.Name = options.DEFAULT_NAME,
     workspace: options.Folder = None,
@@ -53,6 +56,9 @@ def verify(
 
     if explain is not None:
         sys.stdout.write(verification.explain(explain))
+        return
+    if schema:
+        sys.stdout.write(verification.schema())
         return
     fmt = _format("json" if as_json else form)
     found = options.find_instance(workspace, name)

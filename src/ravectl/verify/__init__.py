@@ -6,7 +6,7 @@ print(render(report, "junit"))
 
 from ravectl.verify.checks import CHECKS, explain, run, select
 from ravectl.verify.framework import Check, Judgement, Probe, Subject, VerifyTarget
-from ravectl.verify.report import Format, render, summary
+from ravectl.verify.report import Format, render, schema, summary
 
 __all__ = [
     "CHECKS",
@@ -19,6 +19,7 @@ __all__ = [
     "explain",
     "render",
     "run",
+    "schema",
     "select",
     "summary",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Set
+from dataclasses import replace
 from typing import Final
 
 from ravectl.errors import UsageError
@@ -67,4 +68,6 @@ def run(
     disruptive: bool = False,
 ) -> Report:
     """Hold a running machine against its Plan; `on_result` gets each result as it comes."""
-    return execute(select(suites, ids, disruptive=disruptive), target, on_result)
+    chosen = select(suites, ids, disruptive=disruptive)
+    left = tuple(c.id for c in CHECKS if c not in chosen)
+    return replace(execute(chosen, target, on_result), not_checked=left)

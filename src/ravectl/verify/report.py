@@ -5,10 +5,13 @@ from __future__ import annotations
 import enum
 import io
 import json
+import platform
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
+from importlib import resources
 
+from ravectl import __version__
 from ravectl.model import CheckResult, Outcome, Report, to_json
 
 _MARK = {Outcome.PASSED: "passed", Outcome.FAILED: "FAILED", Outcome.ERROR: "ERROR"}
@@ -24,6 +27,11 @@ class Format(enum.StrEnum):
     JSON = "json"
     JUNIT = "junit"
     MARKDOWN = "markdown"
+
+
+def schema() -> str:
+    """The JSON Schema (draft 2020-12) of a report as JSON."""
+    return (resources.files("ravectl.verify") / "report.schema.json").read_text()
 
 
 def render(
@@ -111,6 +119,8 @@ def _junit(report: Report) -> str:
         mine = [r for r in report.results if r.suite is suite]
         node = ET.SubElement(root, "testsuite", {"name": suite.value, **_counts(mine)})
         node.set("time", f"{sum(r.seconds for r in mine):.3f}")
+        node.set("timestamp", report.started.removesuffix("Z"))  # the schema knows no zone
+        node.set("hostname", _xml(platform.node()) or "localhost")
         known = ET.SubElement(node, "properties")
         for name in ("instance", "profile", "image"):
             ET.SubElement(known, "property", name=name, value=_xml(str(getattr(report, name))))
@@ -148,7 +158,11 @@ def _markdown(report: Report) -> str:
     lines = [
         f"## {_cell(summary(report))}",
         "",
-        _cell(_subject(report)),
+        f"- machine: {_cell(report.instance)}, profile {_cell(report.profile)}",
+        f"- image: {_cell(report.image) or 'not known'}",
+        f"- started: {_cell(report.started)}, took {report.seconds:.1f} s",
+        f"- asked from: {_cell(platform.node())}, ravectl {__version__}",
+        f"- not checked: {', '.join(report.not_checked) or 'nothing, every check was run'}",
         "",
         "| check | outcome | time | what | seen |",
         "|---|---|---|---|---|",
