@@ -283,6 +283,25 @@ def test_the_schema_refuses_drift() -> None:
     assert set(suites["outcome"]["enum"]) == {o.value for o in Outcome}
 
 
+def test_only_changes_are_told() -> None:
+    first, *_ = report(broken=False).results
+
+    def of(*results: CheckResult) -> Report:
+        return dataclasses.replace(report(), results=results)
+
+    slower = dataclasses.replace(first, seen="running, 2 s", seconds=2.0)
+    bad = dataclasses.replace(first, outcome=Outcome.FAILED, seen="down", remedy="start it")
+    worse = dataclasses.replace(bad, seen="gone")
+    assert verify.changes(None, of(first)) == (first,)
+    assert verify.changes(of(first), of(slower)) == ()
+    for before, now in ((first, bad), (bad, worse), (bad, first)):
+        assert verify.changes(of(before), of(now)) == (now,)
+    assert verify.changes(of(bad), of(bad)) == ()
+    said = verify.lines((bad,), "2026-11-25T08:00:00Z")
+    assert "FAILED" in said[0]
+    assert any("start it" in x for x in said)
+
+
 def test_what_was_not_chosen_is_named() -> None:
     text = verify.render(report(), "markdown")
     for part in ("image: 0123456789abcdef", "2026-11-25T08:00:00Z", "not checked: O3"):

@@ -6,7 +6,7 @@ print(render(report, "junit"))
 
 from ravectl.verify.checks import CHECKS, explain, run, select
 from ravectl.verify.framework import Check, Judgement, Probe, Subject, VerifyTarget
-from ravectl.verify.report import Format, render, schema, summary
+from ravectl.verify.report import Format, changes, lines, render, schema, summary
 
 __all__ = [
     "CHECKS",
@@ -16,7 +16,9 @@ __all__ = [
     "Probe",
     "Subject",
     "VerifyTarget",
+    "changes",
     "explain",
+    "lines",
     "render",
     "run",
     "schema",

@@ -34,6 +34,28 @@ def schema() -> str:
     return (resources.files("ravectl.verify") / "report.schema.json").read_text()
 
 
+def changes(before: Report | None, report: Report) -> tuple[CheckResult, ...]:
+    """What another verification found that the one before had not; all of it when there is none.
+
+    A check that failed and fails in another way has changed; figures of one that passes have not.
+    """
+    known = {r.id: r for r in before.results} if before else {}
+
+    def key(r: CheckResult) -> tuple[Outcome, str]:
+        return r.outcome, "" if r.outcome is Outcome.PASSED else r.seen
+
+    return tuple(r for r in report.results if r.id not in known or key(known[r.id]) != key(r))
+
+
+def lines(results: Sequence[CheckResult], started: str) -> list[str]:
+    """Results as lines for a log, each with the time of its verification."""
+    found = []
+    for r in results:
+        found.append(f"{started}  {r.id:<3} {_MARK[r.outcome]:<6} {r.title}")
+        found += [f"{started}      {text}" for text in _why(r)]
+    return found
+
+
 def render(
     report: Report, fmt: Format | str = Format.TABLE, *, terminal: bool = False, width: int = 100
 ) -> str:
