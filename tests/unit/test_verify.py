@@ -150,6 +150,12 @@ def test_what_measures_time_runs_alone() -> None:
     assert beside["A1"] == beside["A4"] == []
 
 
+def test_what_disturbs_runs_beside_nothing() -> None:
+    disruptive = [c for c in verify.CHECKS if c.disruptive]
+    assert disruptive
+    assert [c.id for c in disruptive if not c.probe.alone] == []
+
+
 def test_a_result_is_told_when_it_comes() -> None:
     seen: list[str] = []
     framework.execute([check("A1", saying("yes"))], TARGET, lambda r: seen.append(r.id))
