@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import threading
 import time
 import xml.etree.ElementTree as ET
@@ -323,6 +324,33 @@ def test_junit() -> None:
     assert failure.get("message") == "502 & \ufffd *no*"
     assert "fix:" in (failure.text or "")
     assert [e.get("message") for e in suites["http"].iter("error")] == ["silence"]
+
+
+# the elements, children in order, and attributes of the JUnit schema that Jenkins publishes
+JUNIT = {
+    "testsuites": (("testsuite",), {"name", "time", "tests", "failures", "errors", "disabled"}),
+    "testsuite": (
+        ("properties", "testcase", "system-out", "system-err"),
+        {"name", "tests", "failures", "errors", "time", "timestamp", "hostname", "skipped", "id"},
+    ),
+    "properties": (("property",), {}),
+    "property": ((), {"name", "value"}),
+    "testcase": (("error", "failure", "system-out"), {"name", "classname", "time"}),
+    "failure": ((), {"type", "message"}),
+    "error": ((), {"type", "message"}),
+    "system-out": ((), set()),
+}
+
+
+def test_junit_has_the_usual_form() -> None:
+    for node in ET.fromstring(verify.render(report(), "junit")).iter():
+        children, attributes = JUNIT[node.tag]
+        places = [children.index(child.tag) for child in node]
+        assert places == sorted(places)
+        assert set(node.attrib) <= set(attributes)
+        if node.tag == "testsuite":
+            assert {"name", "tests", "timestamp"} <= set(node.attrib)
+            assert re.fullmatch(r"\d{4}(-\d\d){2}T\d\d(:\d\d){2}", node.attrib["timestamp"])
 
 
 def test_markdown() -> None:
