@@ -617,15 +617,22 @@ def verify_target(
     instance: Instance, identity: sops.Identity | None = None
 ) -> Iterator[VerifyTarget]:
     """What `verify` needs of a running instance, with a connection that is closed after."""
-    opener = identity or sops.find_identity(usual=instance.workspace.identity_file)
     with connection_to(instance) as connection:
-        places = instance.places
-        shared = vault.read(places.shared, opener)
-        machine = vault.read(places.machine(instance.folder), opener)
-        target = target_with(instance, connection, shared, machine)
-        digest = instance.require_record().image
-        image = {} if digest is None else {secrecy.IMAGE: images.find(digest).disk}
-        yield replace(target, disks={**target.disks, **image})
+        yield target_over(instance, connection, identity)
+
+
+def target_over(
+    instance: Instance, connection: ssh.Connection, identity: sops.Identity | None = None
+) -> VerifyTarget:
+    """The same over a connection that there is, with the secrets as the files hold them now."""
+    opener = identity or sops.find_identity(usual=instance.workspace.identity_file)
+    places = instance.places
+    shared = vault.read(places.shared, opener)
+    machine = vault.read(places.machine(instance.folder), opener)
+    target = target_with(instance, connection, shared, machine)
+    digest = instance.require_record().image
+    image = {} if digest is None else {secrecy.IMAGE: images.find(digest).disk}
+    return replace(target, disks={**target.disks, **image})
 
 
 def target_with(

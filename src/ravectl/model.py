@@ -677,6 +677,8 @@ class Report:
     image: str
     results: tuple[CheckResult, ...]
     seconds: float
+    started: str  # RFC 3339, UTC, by this host's clock
+    not_checked: tuple[str, ...] = ()  # ids of the checks that were not chosen
 
     @property
     def holds(self) -> bool:

@@ -153,7 +153,7 @@ def checked(target: VerifyTarget, suite: object, ids: object) -> Report:
     wrong = delivery.Guest(instance, target.connection).differing(target.delivery)
     outcome = Outcome.FAILED if wrong else Outcome.PASSED
     row = CheckResult("D6", Suite.DATA, "", outcome, "", ", ".join(wrong), "", 0.0)
-    return Report(target.instance, "safe", "", (row,), 0.0)
+    return Report(target.instance, "safe", "", (row,), 0.0, "2026-11-25T08:00:00Z")
 
 
 class Rotations(RuleBasedStateMachine):

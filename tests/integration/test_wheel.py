@@ -45,6 +45,7 @@ def test_the_wheel_carries_everything(tmp_path: Path) -> None:
     assert str(home) in where
     assert ravectl("--version").startswith("ravectl ")
     assert json.loads(ravectl("plan", "--safe", "--json"))["profile"] == "safe"
+    assert json.loads(ravectl("verify", "--schema"))["type"] == "object"
     ravectl("render", "--safe", "tree")
     code = tmp_path / "tree" / "opt" / "rave-dispatcher" / "rave_dispatcher"
     assert (code / "adapters" / "console" / "static" / "uPlot.iife.min.js").stat().st_size > 50_000

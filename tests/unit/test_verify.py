@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import threading
 import time
 import xml.etree.ElementTree as ET
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import jsonschema_rs
 import pytest
 
 from ravectl import profile, verify
@@ -18,6 +20,7 @@ from ravectl.errors import RavectlError, UsageError
 from ravectl.model import CheckResult, Endpoint, EngineName, Outcome, Report, Suite
 from ravectl.plan import make_plan
 from ravectl.verify import alerting, framework
+from ravectl.verify.explanations import EXPLANATIONS
 from ravectl.verify.framework import Check, Judgement, Probe, Subject, VerifyTarget, judged
 from ravectl.verify.http import console_faults
 
@@ -148,6 +151,12 @@ def test_what_measures_time_runs_alone() -> None:
     assert beside["A1"] == beside["A4"] == []
 
 
+def test_what_disturbs_runs_beside_nothing() -> None:
+    disruptive = [c for c in verify.CHECKS if c.disruptive]
+    assert disruptive
+    assert [c.id for c in disruptive if not c.probe.alone] == []
+
+
 def test_a_result_is_told_when_it_comes() -> None:
     seen: list[str] = []
     framework.execute([check("A1", saying("yes"))], TARGET, lambda r: seen.append(r.id))
@@ -195,6 +204,31 @@ def test_ids_are_unique_and_documented() -> None:
     assert [i for i in ids if f"| {i} |" not in text] == []
 
 
+def test_the_documentation_and_explain_say_the_same() -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "verify.md"
+    rows = {
+        cells[1].strip(): cells[3].strip()
+        for line in page.read_text().splitlines()
+        if len(cells := line.split("|")) == 5 and cells[1].strip()[1:].isdigit()
+    }
+    assert rows == {i: e.promise for i, e in EXPLANATIONS.items()}
+    assert set(EXPLANATIONS) == {c.id for c in verify.CHECKS}
+
+
+@pytest.mark.parametrize("check", verify.CHECKS, ids=lambda c: c.id)
+def test_each_check_is_explained(check: Check) -> None:
+    said = verify.explain(check.id.lower())
+    assert said.startswith(f"{check.id}: {check.title} (suite {check.suite.value}, ")
+    assert ("not disruptive" in said) is not check.disruptive
+    e = EXPLANATIONS[check.id]
+    assert all(part in said for part in (e.threat, e.probe, e.failing, e.action))
+
+
+def test_what_does_not_exist_is_not_explained() -> None:
+    with pytest.raises(UsageError, match="no check 'Z9'"):
+        verify.explain("Z9")
+
+
 # --- reporting -------------------------------------------------------------------------------
 
 
@@ -213,7 +247,7 @@ def report(*, broken: bool = True) -> Report:
         found += [bad, dataclasses.replace(bad, id="H2", outcome=Outcome.ERROR, seen="silence")]
     return Report(
         instance="default", profile="safe", image="0123456789abcdef", results=tuple(found),
-        seconds=1.5,
+        seconds=1.5, started="2026-11-25T08:00:00Z", not_checked=("O3",),
     )  # fmt: skip
 
 
@@ -226,6 +260,61 @@ def test_json() -> None:
     assert json.loads(verify.render(report(broken=False), "json"))["holds"] is True
 
 
+def test_json_keeps_to_its_schema() -> None:
+    validator = jsonschema_rs.Draft202012Validator(json.loads(verify.schema()))
+    for one in (
+        report(),
+        report(broken=False),
+        framework.execute([check("A1", saying("no"))], TARGET),
+    ):
+        validator.validate(json.loads(verify.render(one, "json")))
+
+
+@pytest.mark.parametrize("where", ["report", "result"])
+def test_the_schema_has_exactly_the_fields_of_the_model(where: str) -> None:
+    tree = json.loads(verify.schema())
+    kind, own = (Report, {"holds"}) if where == "report" else (CheckResult, set())
+    part = tree if where == "report" else tree["$defs"]["result"]
+    names = {f.name for f in dataclasses.fields(kind)} | own
+    assert set(part["properties"]) == set(part["required"]) == names
+
+
+def test_the_schema_refuses_drift() -> None:
+    validator = jsonschema_rs.Draft202012Validator(json.loads(verify.schema()))
+    good = json.loads(verify.render(report(), "json"))
+    for change in ({"more": 1}, {"results": []}, {"started": "today"}, {"holds": "yes"}):
+        assert not validator.is_valid(good | change)
+    assert [v for v in good if validator.is_valid({k: good[k] for k in good if k != v})] == []
+    suites = json.loads(verify.schema())["$defs"]["result"]["properties"]
+    assert suites["suite"]["enum"] == [s.value for s in Suite]
+    assert set(suites["outcome"]["enum"]) == {o.value for o in Outcome}
+
+
+def test_only_changes_are_told() -> None:
+    first, *_ = report(broken=False).results
+
+    def of(*results: CheckResult) -> Report:
+        return dataclasses.replace(report(), results=results)
+
+    slower = dataclasses.replace(first, seen="running, 2 s", seconds=2.0)
+    bad = dataclasses.replace(first, outcome=Outcome.FAILED, seen="down", remedy="start it")
+    worse = dataclasses.replace(bad, seen="gone")
+    assert verify.changes(None, of(first)) == (first,)
+    assert verify.changes(of(first), of(slower)) == ()
+    for before, now in ((first, bad), (bad, worse), (bad, first)):
+        assert verify.changes(of(before), of(now)) == (now,)
+    assert verify.changes(of(bad), of(bad)) == ()
+    said = verify.lines((bad,), "2026-11-25T08:00:00Z")
+    assert "FAILED" in said[0]
+    assert any("start it" in x for x in said)
+
+
+def test_what_was_not_chosen_is_named() -> None:
+    text = verify.render(report(), "markdown")
+    for part in ("image: 0123456789abcdef", "2026-11-25T08:00:00Z", "not checked: O3"):
+        assert part in text
+
+
 def test_junit() -> None:
     root = ET.fromstring(verify.render(report(), "junit"))
     assert (root.get("tests"), root.get("failures"), root.get("errors")) == ("3", "1", "1")
@@ -235,6 +324,33 @@ def test_junit() -> None:
     assert failure.get("message") == "502 & \ufffd *no*"
     assert "fix:" in (failure.text or "")
     assert [e.get("message") for e in suites["http"].iter("error")] == ["silence"]
+
+
+# the elements, children in order, and attributes of the JUnit schema that Jenkins publishes
+JUNIT = {
+    "testsuites": (("testsuite",), {"name", "time", "tests", "failures", "errors", "disabled"}),
+    "testsuite": (
+        ("properties", "testcase", "system-out", "system-err"),
+        {"name", "tests", "failures", "errors", "time", "timestamp", "hostname", "skipped", "id"},
+    ),
+    "properties": (("property",), {}),
+    "property": ((), {"name", "value"}),
+    "testcase": (("error", "failure", "system-out"), {"name", "classname", "time"}),
+    "failure": ((), {"type", "message"}),
+    "error": ((), {"type", "message"}),
+    "system-out": ((), set()),
+}
+
+
+def test_junit_has_the_usual_form() -> None:
+    for node in ET.fromstring(verify.render(report(), "junit")).iter():
+        children, attributes = JUNIT[node.tag]
+        places = [children.index(child.tag) for child in node]
+        assert places == sorted(places)
+        assert set(node.attrib) <= set(attributes)
+        if node.tag == "testsuite":
+            assert {"name", "tests", "timestamp"} <= set(node.attrib)
+            assert re.fullmatch(r"\d{4}(-\d\d){2}T\d\d(:\d\d){2}", node.attrib["timestamp"])
 
 
 def test_markdown() -> None:

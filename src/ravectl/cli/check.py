@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -34,6 +37,24 @@ def verify(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the report to this file.")
     ] = None,
+    junit: Annotated[
+        Path | None, typer.Option("--junit", help="Write JUnit XML to this file, too.")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option("--markdown", help="Write a Markdown report, too.")
+    ] = None,
+    explain: Annotated[
+        str | None, typer.Option("--explain", metavar="ID", help="Say what a check does and why.")
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Again and again, printing changes, to Ctrl-C.")
+    ] = False,
+    interval: Annotated[
+        float, typer.Option("--interval", min=1, help="Seconds between two, with --watch.")
+    ] = 60.0,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON Schema of --json.")
+    ] = False,
     as_json: options.AsJson = False,
     name: options.Name = options.DEFAULT_NAME,
     workspace: options.Folder = None,
@@ -42,11 +63,27 @@ def verify(
     from ravectl import files
     from ravectl import verify as verification
 
+    if explain is not None:
+        sys.stdout.write(verification.explain(explain))
+        return
+    if schema:
+        sys.stdout.write(verification.schema())
+        return
     fmt = _format("json" if as_json else form)
     found = options.find_instance(workspace, name)
+    if watch:
+        if disruptive or junit or markdown or output or fmt not in ("table", "json"):
+            raise UsageError(
+                "--watch prints changes only, of checks that disturb nothing",
+                "give it with --suite, --check, --interval and --json alone",
+            )
+        _watch(found, _suites(suite), set(check) if check else None, interval, fmt == "json")
     report = _report(found, _suites(suite), set(check) if check else None, disruptive)
     terminal = output is None and sys.stdout.isatty()
     width = shutil.get_terminal_size((100, 24)).columns
+    for path, extra in ((junit, "junit"), (markdown, "markdown")):
+        if path is not None:
+            files.write_atomic(path, verification.render(report, extra))
     text = verification.render(report, fmt, terminal=terminal, width=width)
     if output is None:
         sys.stdout.write(text)
@@ -95,6 +132,41 @@ def _report(
             step.update(f"{done} done, last {result.id} {result.outcome.value}")
 
         return verification.run(target, suites, ids, count, disruptive=disruptive)
+
+
+def _watch(
+    found: Instance, suites: set[Suite] | None, ids: set[str] | None, interval: float, as_json: bool
+) -> NoReturn:
+    """Verify until Ctrl-C; then exit 3 when the last verification did not hold, else 0."""
+    from ravectl import lifecycle, reconnect, ssh
+    from ravectl import verify as verification
+    from ravectl.model import to_json
+
+    if any(c.disruptive for c in verification.select(suites, ids)):
+        raise UsageError("a disruptive check is not repeated", "leave it out of --check")
+    reconnect.check_running(found)
+    last: Report | None = None
+
+    def once(connection: ssh.Connection, worked: Callable[[], None]) -> None:
+        nonlocal last
+        report = verification.run(lifecycle.target_over(found, connection), suites, ids)
+        if not connection.alive:  # its errors are the connection's, not the machine's
+            raise ConnectionError("the SSH connection is gone")
+        worked()
+        news = verification.changes(last, report)
+        if as_json:
+            for r in news:
+                print(json.dumps({"instance": found.name, "time": report.started, **to_json(r)}))
+        elif news:
+            print("\n".join(verification.lines(news, report.started)))
+        sys.stdout.flush()
+        last = report
+        time.sleep(interval)
+
+    try:
+        reconnect.stay(found, once, options.say_lost)
+    except KeyboardInterrupt:
+        raise typer.Exit(EXIT_CHECK if last is not None and not last.holds else 0) from None
 
 
 def doctor(as_json: options.AsJson = False) -> None:

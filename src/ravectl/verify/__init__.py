@@ -4,9 +4,9 @@ report = run(VerifyTarget(...), suites={Suite.SECURITY})
 print(render(report, "junit"))
 """
 
-from ravectl.verify.checks import CHECKS, run, select
+from ravectl.verify.checks import CHECKS, explain, run, select
 from ravectl.verify.framework import Check, Judgement, Probe, Subject, VerifyTarget
-from ravectl.verify.report import Format, render, summary
+from ravectl.verify.report import Format, changes, lines, render, schema, summary
 
 __all__ = [
     "CHECKS",
@@ -16,8 +16,12 @@ __all__ = [
     "Probe",
     "Subject",
     "VerifyTarget",
+    "changes",
+    "explain",
+    "lines",
     "render",
     "run",
+    "schema",
     "select",
     "summary",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Set
+from dataclasses import replace
 from typing import Final
 
 from ravectl.errors import UsageError
@@ -17,6 +18,7 @@ from ravectl.verify import (
     security,
     service,
 )
+from ravectl.verify.explanations import text
 from ravectl.verify.framework import Check, VerifyTarget, execute
 
 CHECKS: Final[tuple[Check, ...]] = (
@@ -61,6 +63,12 @@ def select(
     return chosen
 
 
+def explain(id_: str) -> str:
+    """What a check does and why, for a person. Raises UsageError for an id that does not exist."""
+    (check,) = select(ids={id_})
+    return text(check.id, check.title, check.suite.value, disruptive=check.disruptive)
+
+
 def run(
     target: VerifyTarget,
     suites: Set[Suite] | None = None,
@@ -70,4 +78,6 @@ def run(
     disruptive: bool = False,
 ) -> Report:
     """Hold a running machine against its Plan; `on_result` gets each result as it comes."""
-    return execute(select(suites, ids, disruptive=disruptive), target, on_result)
+    chosen = select(suites, ids, disruptive=disruptive)
+    left = tuple(c.id for c in CHECKS if c not in chosen)
+    return replace(execute(chosen, target, on_result), not_checked=left)

@@ -8,6 +8,7 @@ output share a probe, which then runs once: a process in the guest costs 50-100 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import queue
 import threading
@@ -139,7 +140,7 @@ def execute(
 
     `on_result` is called from this thread with each result as it comes.
     """
-    started = time.monotonic()
+    began, started = datetime.datetime.now(datetime.UTC), time.monotonic()
     results: dict[str, CheckResult] = {}
     together = [p for p in _probes(checks) if not p.alone]
     alone = [p for p in _probes(checks) if p.alone]
@@ -154,6 +155,7 @@ def execute(
         image=target.image_digest,
         results=tuple(results[c.id] for c in checks),
         seconds=time.monotonic() - started,
+        started=began.strftime("%Y-%m-%dT%H:%M:%SZ"),
     )
 
 

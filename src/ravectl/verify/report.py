@@ -5,10 +5,13 @@ from __future__ import annotations
 import enum
 import io
 import json
+import platform
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
+from importlib import resources
 
+from ravectl import __version__
 from ravectl.model import CheckResult, Outcome, Report, to_json
 
 _MARK = {Outcome.PASSED: "passed", Outcome.FAILED: "FAILED", Outcome.ERROR: "ERROR"}
@@ -24,6 +27,33 @@ class Format(enum.StrEnum):
     JSON = "json"
     JUNIT = "junit"
     MARKDOWN = "markdown"
+
+
+def schema() -> str:
+    """The JSON Schema (draft 2020-12) of a report as JSON."""
+    return (resources.files("ravectl.verify") / "report.schema.json").read_text()
+
+
+def changes(before: Report | None, report: Report) -> tuple[CheckResult, ...]:
+    """What another verification found that the one before had not; all of it when there is none.
+
+    A check that failed and fails in another way has changed; figures of one that passes have not.
+    """
+    known = {r.id: r for r in before.results} if before else {}
+
+    def key(r: CheckResult) -> tuple[Outcome, str]:
+        return r.outcome, "" if r.outcome is Outcome.PASSED else r.seen
+
+    return tuple(r for r in report.results if r.id not in known or key(known[r.id]) != key(r))
+
+
+def lines(results: Sequence[CheckResult], started: str) -> list[str]:
+    """Results as lines for a log, each with the time of its verification."""
+    found = []
+    for r in results:
+        found.append(f"{started}  {r.id:<3} {_MARK[r.outcome]:<6} {r.title}")
+        found += [f"{started}      {text}" for text in _why(r)]
+    return found
 
 
 def render(
@@ -111,6 +141,8 @@ def _junit(report: Report) -> str:
         mine = [r for r in report.results if r.suite is suite]
         node = ET.SubElement(root, "testsuite", {"name": suite.value, **_counts(mine)})
         node.set("time", f"{sum(r.seconds for r in mine):.3f}")
+        node.set("timestamp", report.started.removesuffix("Z"))  # the schema knows no zone
+        node.set("hostname", _xml(platform.node()) or "localhost")
         known = ET.SubElement(node, "properties")
         for name in ("instance", "profile", "image"):
             ET.SubElement(known, "property", name=name, value=_xml(str(getattr(report, name))))
@@ -148,7 +180,11 @@ def _markdown(report: Report) -> str:
     lines = [
         f"## {_cell(summary(report))}",
         "",
-        _cell(_subject(report)),
+        f"- machine: {_cell(report.instance)}, profile {_cell(report.profile)}",
+        f"- image: {_cell(report.image) or 'not known'}",
+        f"- started: {_cell(report.started)}, took {report.seconds:.1f} s",
+        f"- asked from: {_cell(platform.node())}, ravectl {__version__}",
+        f"- not checked: {', '.join(report.not_checked) or 'nothing, every check was run'}",
         "",
         "| check | outcome | time | what | seen |",
         "|---|---|---|---|---|",

@@ -1,0 +1,212 @@
+"""What each check promises and why: the one source of `verify --explain` and docs/verify.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A check in words."""
+
+    promise: str  # Markdown, as the table of docs/verify.md has it
+    threat: str
+    probe: str
+    failing: str
+    action: str
+
+
+def text(id_: str, title: str, suite: str, *, disruptive: bool) -> str:
+    """A check's explanation for a person, ending with a newline. Raises KeyError when unknown."""
+    e = EXPLANATIONS[id_]
+    rows = (
+        ("holds when", e.promise.replace("`", "")),
+        ("guards against", e.threat),
+        ("how it is probed", e.probe),
+        ("a failure means", e.failing),
+        ("what to do", e.action),
+    )
+    kind = f"suite {suite}, {'disruptive' if disruptive else 'not disruptive'}"
+    body = "".join(f"\n{name}:\n  {value}\n" for name, value in rows)
+    return f"{id_}: {title} ({kind})\n{body}"
+
+
+EXPLANATIONS: Final[Mapping[str, Explanation]] = {
+    "S1": Explanation(
+        "systemd says `running`, no unit has failed, no job waits",
+        "a machine that looks up while part of it never started",
+        "systemctl's SystemState and NFailedUnits; the failed units and waiting jobs by name",
+        "a unit, of the Plan or not, has failed, or the boot has not ended",
+        "ravectl logs UNIT for the unit that is named",
+    ),
+    "S2": Explanation(
+        "every unit of the Plan is active",
+        "a service that is gone, or one that is restarted again and again and looks active",
+        "systemctl show of each unit of the Plan: load and active state, restarts, last start",
+        "the service that is named does not do its work now",
+        "ravectl logs UNIT; then start it, or bring the machine up anew",
+    ),
+    "S3": Explanation(
+        "every unit was active within 60 s of the start",
+        "a start so slow that nobody brings up a fresh machine for each task",
+        "when each unit was first active, by systemd and the journal, and the age of QEMU",
+        "the unit that is named was late; on a loaded host under emulation, perhaps not its fault",
+        "ravectl ssh -- systemd-analyze critical-chain UNIT; look at the host's load",
+    ),
+    "S4": Explanation(
+        "the machine's memory is the Plan's, and the kernel holds each unit to its limits "
+        "(read from its cgroup)",
+        "one service, or an agent's task, that takes the memory or processors of all others",
+        "systemd's properties and memory.max, cpu.max and pids.max of each unit's control group",
+        "a limit was changed at run time, or systemd could not put it into force",
+        "ravectl build, then ravectl up; systemctl revert UNIT for a change by hand",
+    ),
+    "H1": Explanation(
+        "every route answers those who may use it, as the Plan says",
+        "a service that runs and cannot be reached",
+        "one request to each route through the ingress, with each credential that it takes",
+        "the ingress or the service behind the route does not answer as it should",
+        "ravectl logs nginx, and of the service behind the route",
+    ),
+    "H2": Explanation(
+        "every route refuses those who may not: nobody, a wrong password, a wrong key",
+        "authentication bypass: a route that is open to whoever finds it",
+        "requests to each route without credentials and with wrong ones or another route's",
+        "somebody who may not use the route can",
+        "ravectl down at once; mend the route, then ravectl build and ravectl up",
+    ),
+    "H3": Explanation(
+        "TLS 1.3 and nothing older, certificate from the workspace's CA for every host name, "
+        "security headers, no versions; the console allows no inline code",
+        "eavesdropping and downgrade on the network, framing and script injection in the browser",
+        "handshakes for each host name: trusted, with TLS 1.2 at most, and without our CA; the "
+        "headers of pages that are found, refused, missing or asked for wrongly",
+        "the ingress's configuration or certificate is not the one that was built",
+        "mend the ingress's configuration, then ravectl build and ravectl up",
+    ),
+    "H4": Explanation(
+        "the 99th percentile of 500 requests to each route is below 200 ms: seen from "
+        "outside, and by what the ingress itself counted meanwhile",
+        "a machine that is too slow to work with",
+        "500 requests to each route, one after the other on a kept-alive connection, the services "
+        "beside one another and nothing else beside them; the ingress's histogram before and after",
+        "a service is slow, or the host leaves the machine too little of its processors",
+        "look at the host's load, then at ravectl ssh -- top",
+    ),
+    "H5": Explanation(
+        "a signed webhook that is delivered three times is stored once and becomes a task "
+        "that an agent completes; the trace is the same throughout",
+        "lost or doubled work: senders repeat what was not answered in time",
+        "one delivery signed as GitHub signs, three times; then the API is asked for the event, "
+        "its task and their trace",
+        "the way from a webhook to a finished task is broken",
+        "ravectl logs dispatcher",
+    ),
+    "H6": Explanation(
+        "a wrong or missing signature, one of long ago or ahead, a body that is too large or "
+        "not JSON: refused, counted, nothing stored",
+        "forged and replayed deliveries that make agents run",
+        "six wrong deliveries through the ingress; the dispatcher's counters before and after",
+        "a delivery that nobody may make is taken, or is refused and not counted",
+        "ravectl logs dispatcher; ravectl down when a forged one was stored",
+    ),
+    "D2": Explanation(
+        "the event store's `integrity_check` is ok; it is in WAL mode with synchronous FULL",
+        "events that were acknowledged and are lost when the power is",
+        "rave-dispatcher check in the machine, as the service's own user",
+        "the store is damaged, or a commit may not be on the disk",
+        "the dispatcher's journal says how to restore it: ravectl logs dispatcher",
+    ),
+    "D5": Explanation(
+        "Prometheus, VictoriaMetrics and the dispatcher keep what the profile says, for as "
+        "long, and nothing older (backups are not here yet)",
+        "a disk that fills up, history that is missing, data that is kept longer than promised",
+        "the flags of each store, as it says them itself, and the age of the oldest sample",
+        "a store runs with other settings than the profile's",
+        "ravectl build, then ravectl reset",
+    ),
+    "D6": Explanation(
+        "every secret in the machine is the one that the encrypted files hold: none missing, "
+        "none of before, none beside them",
+        "a rotation that was cut short, so that an old secret is still good",
+        "SHA-256 of each file below /run/secrets, held against the encrypted files on this host",
+        "the machine works with another value than the one on file",
+        "ravectl secrets deliver",
+    ),
+    "X1": Explanation(
+        "SSH takes keys only, never root, post-quantum exchanges and modern algorithms only, "
+        "forwards nothing, blocks after three failures; asked of the daemon's configuration "
+        "and tried from outside",
+        "guessed passwords and broken cryptography on the port that gives a shell",
+        "sshd -T of the daemon that listens, the algorithms of its own key exchange, a password "
+        "and root tried from outside",
+        "sshd lets in more than it should, or in a weaker way",
+        "mend sshd's configuration, then ravectl build and ravectl up",
+    ),
+    "X2": Explanation(
+        "nothing but 22 and 3002 can be reached; every listener is the Plan's; the firewall "
+        "drops the rest; accounts that run foreign code reach of the services their own and "
+        "the router",
+        "network attacks on services that were meant for the machine itself",
+        "ss, the rules of nftables followed to each accept, and connections to the machine's own "
+        "outer address",
+        "a port is open that should not be, or the firewall no longer guards",
+        "stop what listens, or give it a place in the profile and build the machine anew",
+    ),
+    "X4": Explanation(
+        "each secret has the owner and mode that is declared, on a tmpfs that is not swapped;"
+        " no value is in a process, the journal, a unit, or on the machine's disk (deleted "
+        "files too). After a rotation the former values are searched for as well",
+        "exfiltration: a secret where another user, a log or a copy of the disk shows it",
+        "the files' owners and modes, and a search by value through processes, journal, units, the "
+        "machine's disk and its image",
+        "the secret that is named can be read by others: count it as known",
+        "mend what wrote it (the place is named), then ravectl rotate-secrets",
+    ),
+    "O1": Explanation(
+        "Prometheus has every scrape target, and each is up",
+        "a service that nobody watches",
+        "Prometheus' own list of its targets, held against the Plan",
+        "metrics, and the alerts that rest on them, are missing",
+        "ravectl verify --suite service; ravectl logs of the exporter that is named",
+    ),
+    "O2": Explanation(
+        "every alert of the Plan is loaded and none beside them, no rule fails, each receiver"
+        " is there, limits of queries are set; where there is Grafana, it has each dashboard "
+        "of the Plan from its file",
+        "a fault that no alert tells of",
+        "the rules, flags and failure counters of Prometheus, the receivers of Alertmanager",
+        "an alert would not be raised, or not arrive",
+        "ravectl logs prometheus, ravectl logs alertmanager",
+    ),
+    "O3": Explanation(
+        "a service that is stopped is told of at the dispatcher in less than 30 s, measured "
+        "from the stop, and its end when it runs again. Disruptive: only with `--disruptive` "
+        "or `--check O3`",
+        "alerting that is configured and does not work",
+        "Vibe Kanban is stopped and started; a timer in the machine starts it if we cannot",
+        "nobody would have been told of the outage in time",
+        "ravectl logs prometheus, ravectl logs alertmanager",
+    ),
+    "O4": Explanation(
+        "at least 95% of the last hour's agent tasks have a complete trace: webhook, event, "
+        "task",
+        "work that cannot be traced to what caused it",
+        "the ratio that the dispatcher computes from its store",
+        "spans are lost on the way from a webhook to the end of its task",
+        "ravectl logs dispatcher",
+    ),
+    "X3": Explanation(
+        "three failed logins block the next, by SSH and by the ingress, for at most 60 s; "
+        "open sessions and the right password are not blocked, and it is counted. Disruptive:"
+        " only with `--disruptive` or `--check X3`",
+        "guessing of passwords and keys, and a lock-out of the operator by who guesses",
+        "three logins with a wrong key and three with a wrong password, then a fourth of "
+        "each; what is let in meanwhile and how long it lasts is measured",
+        "who guesses is not slowed down, or whoever may come in is kept out with him",
+        "ravectl logs ssh; see docs/adr/0010-failed-logins.md, then ravectl build and ravectl"
+        " up",
+    ),
+}  # fmt: skip
