@@ -14,8 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from ravectl import instance
+
+# how long an example takes says more of what else runs on this host than of what is tested
+settings.register_profile("rave", deadline=None)
+settings.load_profile("rave")
 
 
 @dataclass
