@@ -191,7 +191,7 @@ def _signer(workspace: Workspace, image: Image, manifest: bytes) -> str:
         for trusted in _trusted(workspace, folder):
             for signature in found:
                 named = _keygen(["-Y", "find-principals", "-s", signature, "-f", trusted.file])
-                # a line of a list that cannot be read ends the list, which a person must be told
+                # ssh-keygen goes past a line that it cannot read or that has expired
                 said = said or "\n".join(_complaints(named.stderr))
                 if named.returncode != 0 or not named.stdout.strip():
                     continue

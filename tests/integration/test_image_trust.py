@@ -123,12 +123,14 @@ def test_a_key_of_other_use_or_time_is_none(
         site.verify(other)
 
 
-def test_a_list_that_cannot_be_read_is_told(
+def test_a_line_that_cannot_be_read_is_told(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = signing.signer_line(site.space, "ci@example.org")
     other = other_workspace(tmp_path, monkeypatch)
-    (other.root / "allowed_signers").write_text(f"garbage line\n{line}\n")
+    (other.root / "allowed_signers").write_text(f"ci@example.org ssh-ed25519 AAAA\n{line}\n")
+    assert site.verify(other) == "ci@example.org"
+    (other.root / "allowed_signers").write_text(line.replace("AAAAC3", "AAAAC4"))
     with pytest.raises(signing.UntrustedError) as e:
         site.verify(other)
     assert "allowed_signers:1" in e.value.details
