@@ -29,6 +29,9 @@ KEY_VARIABLE = "RAVECTL_SIGNING_KEY"
 SIGNERS_FILE = "allowed_signers"
 MAX_SIGNATURES = 64  # of an image that are looked at: who fills a store must not slow us down
 SETTLED_NS = 2_000_000_000  # a file changed this recently may change again at the same stamp
+# Those that change the ctime with every change, also of a mapped page: a tmpfs does not, and what
+# is not known is measured each time.
+STAMPING = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs"})
 SECONDS = 30.0  # for ssh-keygen, which needs some 0.05 s
 _OWN, _ACCOUNT = "this workspace", "another workspace of this account"
 
@@ -285,7 +288,8 @@ def _measure(
 ) -> str:
     before, began = stamp_of(path), clock()
     digest = files.digest_file(path)
-    if stamp_of(path) == before and is_settled(before, began):
+    sure = is_settled(before, began) and files.filesystem_of(path) in STAMPING
+    if sure and stamp_of(path) == before:
         records[str(path)] = [*before, digest]
     else:
         records.pop(str(path), None)
