@@ -180,7 +180,7 @@ def ensure_image(inputs: Inputs | NixInputs, workspace: Workspace) -> tuple[Imag
     else:
         build_nixos(inputs)  # it may take hours, for which nobody need wait at the store's lock
     with files.lock(store / "lock", "the image store", wait=True):
-        if found := _stored(folder, workspace):
+        if found := _stored(folder, workspace, said=True):
             return found, False
         if isinstance(inputs, NixInputs) and not nix.root_of(files.cache_dir(), digest).exists():
             build_nixos(inputs)  # gc let go of it meanwhile
@@ -213,7 +213,7 @@ def store_dir() -> Path:
     return files.cache_dir() / "images"
 
 
-def _stored(folder: Path, workspace: Workspace) -> Image | None:
+def _stored(folder: Path, workspace: Workspace, *, said: bool = False) -> Image | None:
     if not folder.exists():
         return None
     try:
@@ -222,7 +222,8 @@ def _stored(folder: Path, workspace: Workspace) -> Image | None:
     except signing.AlteredError:
         raise
     except RavectlError as e:
-        console.note(f"{e.message}: making it again")
+        if not said:
+            console.note(f"{e.message}: making it again")
         return None
     os.utime(folder)  # gc spares what was just asked for
     return found
