@@ -55,11 +55,11 @@ def check(
             found += stale(own, declared, where)
             found += recipients(path, places.recipients(), where)
             values |= {f"{n} of {instance.name}": v for n, v in own.values.items()}
-    private = [places.operator_key, *([identity.file] if identity.file else [])]
-    found += modes(private)
+    signing_key = workspace.signing_dir / "id_ed25519"
+    keys = {"the operator's key": places.operator_key, "the signing key": signing_key}
+    found += modes([p for p in (*keys.values(), identity.file) if p is not None])
     hidden = {n: v for n, v in values.items() if not v.startswith("-----BEGIN CERTIFICATE")}
-    if places.operator_key.exists():
-        hidden["the operator's key"] = places.operator_key.read_text()
+    hidden |= {name: path.read_text() for name, path in keys.items() if path.exists()}
     return found + history(workspace.root, hidden)
 
 

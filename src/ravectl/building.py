@@ -12,7 +12,7 @@ from pathlib import Path
 from ravectl import command, console, files, imagelock, images
 from ravectl.engines import debian, nix
 from ravectl.errors import HostError, RavectlError, UsageError
-from ravectl.imagelock import LOCK_FILE, Lock
+from ravectl.imagelock import LOCK_FILE
 from ravectl.instance import Instance
 from ravectl.model import EngineName, Image, ImageFormat, NixSettings, Plan
 from ravectl.plan import ACCOUNTS
@@ -93,9 +93,9 @@ def build(
         )
     lock_file = workspace.root / LOCK_FILE
     inputs = _locked(request, lock_file) if locked else _resolve(request, fresh=update)
-    image, made = images.ensure_image(inputs)
+    image, made = images.ensure_image(inputs, workspace)
     console.note(f"image {image.digest} {'is made' if made else 'was there already'}")
-    if not locked and imagelock.write(lock_file, lock_of(inputs.base)):
+    if not locked and imagelock.write(lock_file, images.lock_of(inputs.base)):
         console.note(f"{lock_file} names what it is made of")
     return image
 
@@ -119,7 +119,7 @@ def _build_nixos(request: Request, workspace: Workspace, *, update: bool) -> Ima
     if update:
         lock_inputs(request.plan, workspace, update=True)
     inputs = resolve_nixos(request, workspace)
-    image, made = images.ensure_image(inputs)
+    image, made = images.ensure_image(inputs, workspace)
     console.note(f"image {image.digest} {'is made' if made else 'was there already'}")
     return image
 
@@ -180,7 +180,7 @@ def _resolve(request: Request, *, fresh: bool = False) -> images.Inputs:
 def _locked(request: Request, lock_file: Path) -> images.Inputs:
     wanted = imagelock.read(lock_file)
     inputs = _resolve(request)
-    if imagelock.drift(wanted, lock_of(inputs.base)):
+    if imagelock.drift(wanted, images.lock_of(inputs.base)):
         # the cache may be of another day than the lock; the mirror may have what it names
         console.note(f"the cached packages are not those of {LOCK_FILE}: asking the mirror")
         inputs = images.resolve_debian(
@@ -188,19 +188,9 @@ def _locked(request: Request, lock_file: Path) -> images.Inputs:
             request.format,
             compress=request.compress,
             fresh=True,
-            accept=lambda base: imagelock.require_same(wanted, lock_of(base)),
+            accept=lambda base: imagelock.require_same(wanted, images.lock_of(base)),
         )
     return inputs
-
-
-def lock_of(base: debian.Base) -> Lock:
-    """What rave.lock says of an image on this base."""
-    return Lock(
-        engine=EngineName.DEBIAN.value,
-        suite=debian.SUITE,
-        packages=tuple((p.name, p.version, p.sha256) for p in base.packages),
-        npm=tuple(sorted((p.name, p.version, p.integrity) for p in debian.NPM_PARTS)),
-    )
 
 
 def export(image: Image, output: Path) -> None:
@@ -240,7 +230,7 @@ def check(request: Request, workspace: Workspace) -> str:
         (base1, image1), (base2, image2) = made
         if image1.hashes == image2.hashes:
             return image1.hashes[image1.disk.name]
-        if moved := imagelock.drift(lock_of(base1), lock_of(base2)):
+        if moved := imagelock.drift(images.lock_of(base1), images.lock_of(base2)):
             raise RavectlError(
                 "the mirror changed between the two builds",
                 "run it again",

@@ -122,9 +122,18 @@ def ensure_operator_key(ssh_dir: Path) -> OperatorKey:
 
     Raises RavectlError naming a damaged file, HostError when the folder cannot be written.
     """
+    return _ensure_key(ssh_dir, "the operator's key")
+
+
+def ensure_signing_key(folder: Path) -> OperatorKey:
+    """The key that a workspace signs images by, made if need be; raises as the above does."""
+    return _ensure_key(folder, "the signing key")
+
+
+def _ensure_key(ssh_dir: Path, what: str) -> OperatorKey:
     files.make_private_dir(ssh_dir)
     path = ssh_dir / "id_ed25519"
-    with files.lock(ssh_dir / ".lock", "the operator's key", wait=True):
+    with files.lock(ssh_dir / ".lock", what, wait=True):
         key = _load(path, _parse_ssh_key)
         if key is None:
             text = new_value(SecretKind.SSH_KEY)

@@ -94,7 +94,8 @@ TOOLS = (
     Wanted("cpio", "cpio"),
     # it would ask the network for a newer one otherwise
     Wanted("sops", "", ("--version", "--disable-version-check")),
-    Wanted("ssh", "openssh-client", ("-V",), "ravectl ssh, exec, cp"),
+    # its ssh-keygen signs images
+    Wanted("ssh", "openssh-client", ("-V",)),
     Wanted("nix", "nix-bin", purpose="the engine nix"),
 )
 

@@ -288,6 +288,19 @@ def mount_points() -> list[Path]:
     return [Path(line.split()[4].encode().decode("unicode_escape")) for line in lines]
 
 
+def filesystem_of(path: Path) -> str:
+    """The type of the file system that an existing path lies on, as mountinfo(5) has it."""
+    real = path.resolve()
+    kind, best = "", -1
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        words, _, rest = line.partition(" - ")
+        point = Path(words.split()[4].encode().decode("unicode_escape"))
+        # of two at one place the later one is seen
+        if (point == real or point in real.parents) and len(point.parts) >= best:
+            kind, best = rest.split()[0], len(point.parts)
+    return kind
+
+
 def size_of(path: Path) -> int:
     """The size of a file in bytes; 0 when it is not there, or not any more."""
     try:

@@ -6,16 +6,18 @@ it, so that an image is there whole or not at all.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ravectl import console, files, model, vault
+from ravectl import console, files, imagelock, model, signing, vault
 from ravectl.engines import debian, disk, nix
 from ravectl.errors import RavectlError
 from ravectl.model import (
+    MANIFEST,
     EngineName,
     Image,
     ImageFormat,
@@ -25,8 +27,8 @@ from ravectl.model import (
     RenderedTree,
 )
 from ravectl.render import render, write_tree
+from ravectl.workspace import Workspace
 
-MANIFEST = "image.json"
 IMAGE_BYTES = 3 * 2**30  # of disk while an image is made: raw and converted, measured 2.3 GB
 
 
@@ -164,32 +166,50 @@ def resolve_nixos(
     return NixInputs(plan, render_nixos((plan,), flake_lock), fmt, compress, settings, offline)
 
 
-def ensure_image(inputs: Inputs | NixInputs) -> tuple[Image, bool]:
-    """The image of these inputs and whether it had to be made.
+def ensure_image(inputs: Inputs | NixInputs, workspace: Workspace) -> tuple[Image, bool]:
+    """The image of these inputs and whether it had to be made, which the workspace then signs.
 
-    Raises HostError when there is no space, RavectlError when a step fails; then nothing is
-    left but the cached base.
+    One in the store that nobody we trust has signed is made again. Raises signing.AlteredError
+    when somebody did and it is another now, HostError when there is no space, RavectlError
+    when a step fails; then nothing is left but the cached base.
     """
     store = files.make_dir(store_dir())
     digest = inputs.digest
     folder = store / digest
-    if found := _stored(folder):
+    if found := _stored(folder, workspace):
         return found, False
+    signing.key_file(workspace)  # a key that cannot be had is told before a long build
     if isinstance(inputs, Inputs):
         debian.require_root()
     else:
         build_nixos(inputs)  # it may take hours, for which nobody need wait at the store's lock
     with files.lock(store / "lock", "the image store", wait=True):
-        if found := _stored(folder):
+        if found := _stored(folder, workspace, said=True):
             return found, False
         if isinstance(inputs, NixInputs) and not nix.root_of(files.cache_dir(), digest).exists():
             build_nixos(inputs)  # gc let go of it meanwhile
         with files.staging(store, "making") as stage:
             files.require_space(store, IMAGE_BYTES, "an image")
             make_image(inputs, stage / "image")
-            files.remove_tree(folder)
-            (stage / "image").rename(folder)
+            signing.sign(workspace, stage / "image")
+            _publish(stage / "image", folder)
     return load(folder), True
+
+
+def _publish(made: Path, folder: Path) -> None:
+    """Put an image that was made into the store, in the place of one that nobody vouched for."""
+    if (folder / MANIFEST).exists() and _same_manifest(made, folder):
+        # what others signed of it holds of this one, too
+        signatures = folder / signing.SIGNATURES
+        for path in signatures.glob("*.sig") if signatures.is_dir() else ():
+            if not (made / signing.SIGNATURES / path.name).exists():
+                shutil.copy(path, made / signing.SIGNATURES)
+    files.remove_tree(folder)
+    made.rename(folder)
+
+
+def _same_manifest(one: Path, two: Path) -> bool:
+    return (one / MANIFEST).read_bytes() == (two / MANIFEST).read_bytes()
 
 
 def store_dir() -> Path:
@@ -197,13 +217,17 @@ def store_dir() -> Path:
     return files.cache_dir() / "images"
 
 
-def _stored(folder: Path) -> Image | None:
+def _stored(folder: Path, workspace: Workspace, *, said: bool = False) -> Image | None:
     if not folder.exists():
         return None
     try:
         found = load(folder)
+        signing.verify(workspace, found)
+    except signing.AlteredError:
+        raise
     except RavectlError as e:
-        console.note(f"{e.message}: making it again")
+        if not said:
+            console.note(f"{e.message}: making it again")
         return None
     os.utime(folder)  # gc spares what was just asked for
     return found
@@ -234,8 +258,24 @@ def _make_debian(inputs: Inputs, target: Path) -> None:
                 disk.convert(raw, image, inputs.format, compress=inputs.compress)
     shutil.copy(inputs.base.kernel, target / "vmlinuz")
     shutil.copy(inputs.base.initrd, target / "initrd")
-    packages = [[p.name, p.version, p.sha256] for p in inputs.base.packages]
-    _write_manifest(inputs, target, EngineName.DEBIAN, debian.CMDLINE, {"packages": packages})
+    lock = lock_of(inputs.base)
+    made_of: dict[str, object] = {
+        "packages": lock.packages,
+        "npm": lock.npm,
+        "rave_lock": files.digest_bytes(imagelock.dump(lock).encode()),
+        "wheels_lock": files.digest_file(files.find_data(debian.WHEELS_LOCK)),
+    }
+    _write_manifest(inputs, target, EngineName.DEBIAN, debian.CMDLINE, made_of)
+
+
+def lock_of(base: debian.Base) -> imagelock.Lock:
+    """What rave.lock says of an image on this base."""
+    return imagelock.Lock(
+        engine=EngineName.DEBIAN.value,
+        suite=debian.SUITE,
+        packages=tuple((p.name, p.version, p.sha256) for p in base.packages),
+        npm=tuple(sorted((p.name, p.version, p.integrity) for p in debian.NPM_PARTS)),
+    )
 
 
 def build_nixos(inputs: NixInputs, *, rebuild: bool = False) -> nix.Built:
@@ -273,7 +313,12 @@ def _make_nixos(inputs: NixInputs, target: Path) -> None:
         nix.copy(built.kernel, target / "vmlinuz")
         nix.copy(built.initrd, target / "initrd")
         cmdline = built.cmdline
-    _write_manifest(inputs, target, EngineName.NIX, cmdline, {"closure": list(built.closure)})
+    lock = inputs.tree.file(nix.LOCK_FILE).content
+    made_of: dict[str, object] = {
+        "closure": list(built.closure),
+        "flake_lock": files.digest_bytes(lock.encode()),
+    }
+    _write_manifest(inputs, target, EngineName.NIX, cmdline, made_of)
 
 
 def disk_of(folder: Path, fmt: ImageFormat) -> Path:
@@ -299,6 +344,7 @@ def _write_manifest(
         "format": inputs.format,
         "cmdline": cmdline,
         "plan": model.to_json(inputs.plan),
+        "plan_digest": files.digest_value(model.to_json(inputs.plan)),
         "sizes": {p.name: p.stat().st_size for p in parts},
         "hashes": {p.name: files.digest_file(p) for p in parts},
         **made_of,
@@ -311,7 +357,11 @@ def load(folder: Path) -> Image:
     remedy = f"remove it and build again: rm -r {folder}"
     if not (folder / MANIFEST).exists():
         raise RavectlError(f"there is no image {folder.name}", "build it: ravectl build")
-    m = files.read_json(folder / MANIFEST)
+    try:
+        data = (folder / MANIFEST).read_bytes()
+        m = json.loads(data)
+    except (ValueError, OSError) as e:
+        raise RavectlError(f"{folder / MANIFEST} cannot be read: {e}", remedy) from None
     try:
         fmt = ImageFormat(m["format"])
         image = Image(
@@ -326,6 +376,7 @@ def load(folder: Path) -> Image:
             plan=model.from_json(Plan, m["plan"]),
             sizes=m["sizes"],
             hashes=m["hashes"],
+            manifest=files.digest_bytes(data),
         )
     except (KeyError, ValueError, TypeError) as e:
         raise RavectlError(f"image {folder.name} has a damaged manifest ({e})", remedy) from None

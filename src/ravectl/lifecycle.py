@@ -23,6 +23,7 @@ from ravectl import (
     kvm,
     qemu,
     qmp,
+    signing,
     sops,
     ssh,
     vault,
@@ -144,8 +145,10 @@ def _prepare(instance: Instance, plan: Plan, get_image: Callable[[], Image]) -> 
                 "has changed since: ravectl reset moves to it and loses what is on the disk"
             )
         image = _image_of(instance, record.image)
+        signing.verify(instance.workspace, image)
     else:
         image = get_image()
+        signing.verify(instance.workspace, image)
         instance.overlay.unlink(missing_ok=True)
         _make_overlay(instance.overlay, image)
         record = Record(

@@ -613,6 +613,9 @@ class RenderedTree:
         raise KeyError(path)
 
 
+MANIFEST = "image.json"  # of an image, in its folder: what it is made of
+
+
 @dataclass(frozen=True)
 class Image:
     """An immutable image in the store, addressed by the digest of what went into it."""
@@ -628,6 +631,7 @@ class Image:
     plan: Plan
     sizes: dict[str, int]  # bytes of each file, to notice a truncated one
     hashes: dict[str, str]  # SHA-256 of each file
+    manifest: str  # SHA-256 of the manifest that said all this
 
 
 # --- Instance --------------------------------------------------------------------------------

@@ -322,6 +322,7 @@ def init(
         write(places.shared, shared, everyone)
         publish(places, shared)
         credentials.ensure_operator_key(workspace.ssh_dir)
+        credentials.ensure_signing_key(workspace.signing_dir)
     return Initialized(identity, made, everyone)
 
 

@@ -3,6 +3,7 @@
 rave.yaml            the person's profile, if there is one
 .rave/ca/            the certificate authority that the workspace's machines are signed by
 .rave/ssh/           the operator's key
+.rave/signing/       the key that the workspace's images are signed by
 .rave/instances/N/   everything of the instance N
 """
 
@@ -53,6 +54,11 @@ class Workspace:
     def ssh_dir(self) -> Path:
         """Where the operator's SSH key is kept."""
         return self.state / "ssh"
+
+    @property
+    def signing_dir(self) -> Path:
+        """Where the key is kept that signs images."""
+        return self.state / "signing"
 
     @property
     def identity_file(self) -> Path | None:

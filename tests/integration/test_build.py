@@ -8,6 +8,7 @@ import json
 import mmap
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -87,6 +88,32 @@ def test_the_same_inputs_give_the_same_bits(tool: Tool, tmp_path: Path) -> None:
     again = Path(tool("build", "--safe").stdout.strip())
     assert again != disk
     assert files.digest_file(again) == files.digest_file(disk)
+    # so whoever signed the one vouches for the other
+    manifests = [(d.parent / "image.json").read_bytes() for d in (disk, again)]
+    assert manifests[0] == manifests[1]
+
+
+def test_an_image_that_nobody_signed_is_made_again(tool: Tool, tmp_path: Path) -> None:
+    disk = Path(tool("build", "--safe").stdout.strip())
+    tool.cache = tmp_path / "cache"
+    copy = tool.cache / "images" / disk.parent.name
+    shutil.copytree(disk.parent, copy)
+    (tool.cache / "debian").symlink_to(disk.parents[2] / "debian")
+    for path in (copy / "signatures").iterdir():
+        path.unlink()
+    with (copy / "vmlinuz").open("r+b") as f:
+        f.write(b"evil")
+    done = tool("build", "--safe")
+    assert done.stderr.count(f"image {copy.name} is not signed: making it again") == 1
+    assert (copy / "vmlinuz").read_bytes() == (disk.parent / "vmlinuz").read_bytes()
+    assert "signed by this workspace" in tool("image", "verify", copy.name).stdout
+    # what was signed and is another now is evidence, and stays
+    with (copy / "vmlinuz").open("r+b") as f:
+        f.write(b"evil")
+    refused = tool("build", "--safe", code=1)
+    assert "vmlinuz is not what was signed" in refused.stderr
+    assert f"rm -r {copy}" in refused.stderr
+    assert (copy / "vmlinuz").read_bytes()[:4] == b"evil"
 
 
 def test_a_compressed_image_is_small(tool: Tool, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from ravectl import building, files, images, profile
 from ravectl.engines import nix
 from ravectl.model import ImageFormat, NixSettings
 from ravectl.plan import make_plan
+from ravectl.workspace import Workspace
 from tests import nixos
 from tests.conftest import Tool
 
@@ -230,7 +231,7 @@ def test_gc_while_nix_builds(tool: NixTool, monkeypatch: pytest.MonkeyPatch) -> 
         return made
 
     monkeypatch.setattr(images, "build_nixos", build_and_collect)
-    image, made = images.ensure_image(inputs)
+    image, made = images.ensure_image(inputs, Workspace(tool.workspace))
     assert made
     assert image.disk.stat().st_size > 0
     assert len(calls) == 2

@@ -29,7 +29,7 @@ ROWS = [
         "imagelock",
         "relay",
     },
-    {"vault"},
+    {"vault", "signing"},
     {"images", "instance", "verify", "doctor"},
     {"lifecycle", "building", "delivery", "dispatcher"},
     {"reconnect"},

@@ -83,6 +83,7 @@ def stored_copy(tool: Tool, **changes: str) -> Path:
     (tool.cache / "debian").symlink_to(images.store_dir().parent / "debian")
     manifest = json.loads((copy / "image.json").read_text())
     (copy / "image.json").write_text(json.dumps({**manifest, **changes}))
+    tool("image", "sign", digest)  # what was changed here is meant
     return copy
 
 

@@ -1,4 +1,4 @@
-"""Verbs up to the image: profiles, plan, render, lock, build, gc."""
+"""Verbs up to the image: profiles, plan, render, lock, build, gc, image ..."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import typer
 
 from ravectl import console
 from ravectl.cli import options
-from ravectl.errors import UsageError
+from ravectl.errors import EXIT_CHECK, RavectlError, UsageError
 
 if TYPE_CHECKING:
     from ravectl.model import EngineName, Plan
     from ravectl.workspace import Workspace
+
+app = typer.Typer(no_args_is_help=True, help="Verify and sign the images of the store.")
 
 
 def profiles(as_json: options.AsJson = False, workspace: options.Folder = None) -> None:
@@ -215,3 +217,73 @@ def gc(
         print(f"{path}  {size // 2**20} MB")
     word = "would be freed" if dry_run else "freed"
     console.note(f"{sum(size for _, size in freed) // 2**20} MB {word}")
+
+
+@app.command("verify")
+def verify(
+    digest: Annotated[
+        list[str] | None, typer.Argument(help="Which images; else those of this workspace.")
+    ] = None,
+    as_json: options.AsJson = False,
+    workspace: options.Folder = None,
+) -> None:
+    """Hold images against their signed manifests; exit 3 when one does not hold."""
+    space = options.find_workspace(workspace)
+    asked = digest or _used(space)
+    if not asked:
+        raise UsageError(
+            "no machine of this workspace has an image", "name one: ravectl image verify DIGEST"
+        )
+    rows = [_verdict(space, d) for d in dict.fromkeys(asked)]
+    if as_json:
+        options.print_json(rows)
+    else:
+        for r in rows:
+            print(f"{r['digest']}  " + (f"signed by {r['signer']}" if r["ok"] else f"{r['cause']}"))
+            if not r["ok"]:
+                console.note(f"fix: {r['remedy']}")
+    if not all(r["ok"] for r in rows):
+        raise typer.Exit(EXIT_CHECK)
+
+
+def _used(space: Workspace) -> list[str]:
+    from ravectl.instance import list_instances
+
+    records = [i.record for i in list_instances(space.instances_dir)]
+    return [r.image for r in records if r is not None and r.image is not None]
+
+
+def _verdict(space: Workspace, digest: str) -> dict[str, object]:
+    from ravectl import images, signing
+
+    row: dict[str, object] = {"digest": digest, "ok": False, "signer": None}
+    try:
+        signer = signing.verify(space, images.find(digest))
+    except RavectlError as e:
+        return {**row, "cause": e.message, "remedy": e.hint}
+    return {**row, "ok": True, "signer": signer, "cause": None, "remedy": None}
+
+
+@app.command("sign")
+def sign(
+    digest: Annotated[str, typer.Argument(help="The image, as ravectl status --json shows it.")],
+    workspace: options.Folder = None,
+) -> None:
+    """Vouch for an image of the store by this workspace's key: you know where it is from."""
+    from ravectl import images, signing
+
+    space = options.find_workspace(workspace)
+    found = images.find(digest)
+    signing.sign(space, found.folder)
+    console.note(f"image {digest}: signed by {signing.verify(space, found)}")
+
+
+@app.command("key")
+def key(
+    principal: Annotated[str, typer.Argument(help="What to call it, as in ci@example.org.")],
+    workspace: options.Folder = None,
+) -> None:
+    """Print the line of allowed_signers by which others take this workspace's images."""
+    from ravectl import signing
+
+    print(signing.signer_line(options.find_workspace(workspace), principal))

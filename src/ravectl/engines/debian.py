@@ -29,7 +29,7 @@ from pathlib import Path
 
 from ravectl import command, console, files
 from ravectl.engines import pgcluster
-from ravectl.errors import HostError, RavectlError
+from ravectl.errors import HostError, RavectlError, UsageError
 from ravectl.model import Account, AptSource
 
 SUITE = "trixie"
@@ -44,6 +44,9 @@ NPM_SECONDS = 600.0
 STALLED_SECONDS = 2.0 * MIRROR_SECONDS + 5
 MIRROR_HINT = "check that the mirror answers (apt-get update), then build again"
 MIRROR_VARIABLE = "RAVECTL_DEBIAN_MIRROR"
+# Only who signs Debian may sign the lists of packages: not every key that the host's apt knows.
+KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
+KEYRING_VARIABLE = "RAVECTL_DEBIAN_KEYRING"
 
 PACKAGES = (
     "age",
@@ -158,9 +161,15 @@ def host_mirror(sources: Path = Path("/etc/apt")) -> str:
     """The Debian mirror that the machine's packages come from.
 
     RAVECTL_DEBIAN_MIRROR if that is set, else the one that this host's own apt uses. Raises
-    HostError when apt has none.
+    HostError when apt has none, UsageError when the variable holds no URI.
     """
     if chosen := os.environ.get(MIRROR_VARIABLE):
+        # mmdebstrap would take a file or a line of sources.list too, as one with [trusted=yes]
+        if not re.fullmatch(r"(https?|file|copy)://?[^\s\[\]\"]+", chosen):
+            raise UsageError(
+                f"{MIRROR_VARIABLE} is no URI of a mirror: {chosen}",
+                "give it one as http://HOST/debian, without options",
+            )
         return chosen
     texts = [
         p.read_text(errors="replace")
@@ -173,6 +182,31 @@ def host_mirror(sources: Path = Path("/etc/apt")) -> str:
         "this host's apt names no Debian mirror",
         f"add one to /etc/apt/sources.list.d (Types, URIs, Suites), or set {MIRROR_VARIABLE}",
     )
+
+
+def archive_keyring() -> Path:
+    """The keys by which the mirror's lists must be signed; HostError when the host lacks them."""
+    path = Path(os.environ.get(KEYRING_VARIABLE) or KEYRING)
+    if not path.is_absolute() or not path.is_file() or set(str(path)) & set('" []'):
+        raise HostError(
+            f"there is no keyring {path} to check Debian's packages by",
+            "install it: apt-get install debian-archive-keyring; or name another one, by an "
+            f"absolute path: {KEYRING_VARIABLE}",
+        )
+    return path
+
+
+def signature_fault(said: str) -> str | None:
+    """What apt found wrong with the signature of a mirror's lists; None when it was not that.
+
+    By apt's own words (methods/gpgv.cc and apt-pkg/acquire-item.cc of apt 2.6 to 3.0). Pure.
+    """
+    words = r"NO_PUBKEY|BADSIG|EXPKEYSIG|REVKEYSIG|EXPSIG|is not signed|invalid signature"
+    words += r"|signatures? couldn't be verified|signatures? were invalid|Missing key"
+    words += r"|Sub-process /usr/bin/sqv returned an error|split up .* into data and signature"
+    words += r"|Clearsigned file isn't valid"
+    found = re.search(rf"^.*(?:{words}).*$", said, re.M)
+    return found[0].strip() if found else None
 
 
 def mirror_in(text: str) -> str | None:
@@ -295,11 +329,12 @@ def make_base(
 
 def _mirrors(stage: Path, grafana: AptSource | None) -> list[str]:
     """What packages come from, as mmdebstrap takes it: Debian's mirror, and Grafana's source."""
+    mirror = f'deb [signed-by="{archive_keyring()}"] {host_mirror()} {SUITE} main'
     if grafana is None:
-        return [host_mirror()]
+        return [mirror]
     source = stage / "grafana.sources"
     source.write_text(apt_source(grafana))
-    return [host_mirror(), str(source)]
+    return [mirror, str(source)]
 
 
 def apt_source(source: AptSource) -> str:
@@ -327,6 +362,10 @@ def _bootstrap(
         "--aptopt=Acquire::Languages \"none\"",
         f"--aptopt=Acquire::http::Timeout \"{MIRROR_SECONDS}\"",
         f"--aptopt=Acquire::https::Timeout \"{MIRROR_SECONDS}\"",
+        # apt's own defaults, so that nothing else decides
+        "--aptopt=Acquire::AllowInsecureRepositories \"false\"",
+        "--aptopt=Acquire::AllowDowngradeToInsecureRepositories \"false\"",
+        "--aptopt=APT::Get::AllowUnauthenticated \"false\"",
         "--aptopt=Acquire::Retries \"1\"",
         *(f"--aptopt={line}" for line in _host_apt_options()),
         "--dpkgopt=force-unsafe-io",
@@ -336,7 +375,7 @@ def _bootstrap(
         SUITE, root, *mirrors,
     ]  # fmt: skip
     watch = _Bootstrapping(root, say)
-    command.run(
+    result = command.run(
         command.isolated(argv),
         env={
             **os.environ,
@@ -347,8 +386,21 @@ def _bootstrap(
         timeout=1800,
         on_line=watch.line,
         on_quiet=watch.quiet,
-        hint=MIRROR_HINT,
+        check=False,
     )
+    if result.returncode != 0:
+        raise _bootstrap_failure(result)
+
+
+def _bootstrap_failure(result: command.Result) -> RavectlError:
+    if fault := signature_fault(result.stderr):
+        return RavectlError(
+            f"the mirror {host_mirror()} is not signed by a key of {archive_keyring().name}",
+            f"use a mirror of Debian ({MIRROR_VARIABLE}); if you sign your own, name its keyring: "
+            f"{KEYRING_VARIABLE}",
+            details=fault,
+        )
+    return command.failure(result, MIRROR_HINT)
 
 
 class _Bootstrapping:
