@@ -7,18 +7,32 @@ from typing import Final
 
 from ravectl.errors import UsageError
 from ravectl.model import CheckResult, Report, Suite
-from ravectl.verify import alerting, events, http, observability, secrecy, security, service
+from ravectl.verify import (
+    alerting,
+    database,
+    events,
+    hardening,
+    http,
+    observability,
+    recovery,
+    secrecy,
+    security,
+    service,
+)
 from ravectl.verify.framework import Check, VerifyTarget, execute
 
 CHECKS: Final[tuple[Check, ...]] = (
     *service.CHECKS,
+    *recovery.CHECKS,
     *http.CHECKS,
     *events.HTTP_CHECKS,
+    *database.CHECKS,
     *events.DATA_CHECKS,
     *alerting.DATA_CHECKS,
     *secrecy.CHECKS[1:],
     *security.CHECKS,
     *secrecy.CHECKS[:1],
+    *hardening.CHECKS,
     *observability.CHECKS,
     *alerting.OBSERVABILITY_CHECKS,
     *events.OBSERVABILITY_CHECKS,

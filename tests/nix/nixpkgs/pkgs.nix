@@ -38,6 +38,7 @@ let
     "claude-code-router"
     "coreutils"
     "curl"
+    "e2fsprogs"
     "findutils"
     "git"
     "jq"
@@ -51,6 +52,7 @@ let
     "qemu-utils"
     "shadow"
     "sops"
+    "util-linux"
     "vibe-kanban"
     "yq-go"
   ] package;

@@ -1,0 +1,189 @@
+"""Checks of the suite `security`: what the kernel, the file systems and each unit's sandbox deny."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+
+from ravectl.model import Suite
+from ravectl.verify import guest
+from ravectl.verify.framework import (
+    Check,
+    Judgement,
+    Probe,
+    Subject,
+    VerifyTarget,
+    judged,
+    unreadable,
+)
+
+_WRAPPERS = re.compile(r"^/run/wrappers/wrappers\.\w+/")  # where NixOS' link `bin` leads
+_REBUILD = "the machine is not what its Plan says: ravectl build, then ravectl reset"
+
+# Settings by built-ins: sysctl would be a process for each. Programs that give others' rights are
+# looked for where such a right would be honoured, and nowhere else.
+KERNEL_SCRIPT = """\
+echo '== sysctls =='
+for key in %(keys)s; do
+  value=
+  IFS= read -r value <"/proc/sys/${key//.//}" && printf '%%s = %%s\\n' "$key" "$value"
+done 2>/dev/null
+echo '== loaded =='
+printf '%%s\\n' "$(</proc/modules)"
+echo '== blocked =='
+modprobe --showconfig 2>/dev/null | grep -E '^install '
+echo '== mounts =='
+printf '%%s\\n' "$(</proc/self/mountinfo)"
+echo '== setuid =='
+places=()
+while read -r _ _ _ _ place options _; do
+  [[ ,$options, == *,nosuid,* ]] || places+=("$place")
+done </proc/self/mountinfo
+find "${places[@]}" -xdev -type f -perm /6000 2>&1
+echo '== searched =='
+printf '%%s\\n' "${places[@]}"
+"""
+
+
+def kernel_script(subject: Subject) -> str:
+    """The script that shows the kernel's settings, what is mounted how, and setuid programs."""
+    keys = subject.plan.hardening.kernel(subject.engine)
+    return KERNEL_SCRIPT % {"keys": shlex.join(keys)}
+
+
+def _collect_kernel(target: VerifyTarget, deadline: float) -> str:
+    return guest.run_script(target, kernel_script(target.subject), deadline, root=True)
+
+
+KERNEL = Probe("kernel", _collect_kernel, 45.0)
+
+
+def judge_kernel(subject: Subject, output: str) -> Judgement:
+    """Kernel settings, module blocklist, mount options and setuid programs are the Plan's."""
+    wanted = subject.plan.hardening
+    settings = wanted.kernel(subject.engine)
+    setuid = wanted.setuid[subject.engine]
+    expected = (
+        f"{len(settings)} kernel settings and {len(wanted.mounts)} mounts as planned, "
+        f"{len(wanted.blocked_modules)} modules blocked, setuid only {', '.join(setuid)}"
+    )
+    parts = guest.sections(output) or {}
+    if not {"sysctls", "loaded", "blocked", "mounts", "setuid", "searched"} <= parts.keys():
+        return unreadable(expected, "the answer about the kernel is incomplete")
+    mounts = _mount_options(parts["mounts"])
+    if "/" not in mounts or "/" not in parts["searched"].splitlines():
+        return unreadable(expected, "the machine does not say what is mounted")
+    faults = sysctl_faults(settings, parts["sysctls"])
+    faults += _module_faults(wanted.blocked_modules, parts["loaded"], parts["blocked"])
+    faults += mount_faults(wanted.mounts, mounts)
+    faults += [
+        f"{line} is setuid or setgid" if line.startswith("/") else line
+        for line in parts["setuid"].splitlines()
+        if _WRAPPERS.sub("/run/wrappers/bin/", line) not in setuid
+    ]
+    return judged(expected, "all as planned", faults, _REBUILD)
+
+
+def sysctl_faults(settings: Mapping[str, str], text: str) -> list[str]:
+    """Where the kernel's settings, as `key = value` lines, are others than wanted."""
+    rows = (line.partition(" = ") for line in text.splitlines())
+    seen = {key: " ".join(value.split()) for key, _, value in rows}
+    return [
+        f"{key} is {seen.get(key, 'not there')}, not {value}"
+        for key, value in settings.items()
+        if seen.get(key) != value
+    ]
+
+
+def _module_faults(blocked: Iterable[str], loaded: str, config: str) -> list[str]:
+    # the kernel and modprobe take - and _ for the same
+    names = {line.split()[0] for line in loaded.splitlines() if line.strip()}
+    denied = {m[1].replace("-", "_") for m in re.finditer(r"^install (\S+) \S*true\s*$", config, re.M)}
+    faults = []
+    for module in blocked:
+        name = module.replace("-", "_")
+        if name in names:
+            faults.append(f"module {module} is loaded")
+        if name not in denied:
+            faults.append(f"module {module} may be loaded")
+    return faults
+
+
+def _mount_options(mountinfo: str) -> dict[str, frozenset[str]]:
+    """Options by mount point; of several at one, those of the last, which hides the others."""
+    rows = (line.split() for line in mountinfo.splitlines())
+    return {r[4]: frozenset(r[5].split(",")) for r in rows if len(r) > 6}
+
+
+def mount_faults(
+    wanted: Mapping[str, tuple[str, ...]], mounts: Mapping[str, frozenset[str]]
+) -> list[str]:
+    """Which mount points are none, or lack an option."""
+    faults = []
+    for place, options in wanted.items():
+        if place not in mounts:
+            faults.append(f"{place} is no mount of its own")
+        elif missing := [o for o in options if o not in mounts[place]]:
+            faults.append(f"{place} is mounted without {', '.join(missing)}")
+    return faults
+
+
+# --- X6 --------------------------------------------------------------------------------------
+
+EXPOSURE_SCRIPT = """\
+echo '== exposures =='
+systemd-analyze security --json=short --no-pager 2>&1
+"""
+
+
+def _collect_exposures(target: VerifyTarget, deadline: float) -> str:
+    return guest.run_script(target, EXPOSURE_SCRIPT, deadline)
+
+
+EXPOSURES = Probe("exposures", _collect_exposures, 45.0)
+
+
+def exposure_limits(subject: Subject) -> dict[str, float]:
+    """The limit of each unit that has one, by the unit's name."""
+    limits = {subject.units()[s.name]: s.exposure for s in subject.plan.services}
+    return limits | subject.plan.hardening.exposures
+
+
+def judge_exposures(subject: Subject, output: str) -> Judgement:
+    """No unit's exposure, as systemd-analyze reckons it, is over its limit of the Plan."""
+    limits = exposure_limits(subject)
+    expected = f"the exposure of {len(limits)} units at most what the Plan says of each"
+    parts = guest.sections(output) or {}
+    try:
+        rows = json.loads(parts.get("exposures", ""))
+        seen = {str(r["unit"]): float(r["exposure"]) for r in rows}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return unreadable(expected, "systemd-analyze told no exposures")
+    faults, most = [], ("", 0.0)
+    for unit, limit in limits.items():
+        found = seen.get(unit)
+        if found is None:
+            if unit in subject.units().values():
+                return unreadable(expected, f"systemd-analyze said nothing of {unit}")
+            continue  # a template, or a unit that is not loaded just now
+        if found > limit:
+            faults.append(f"{unit} is exposed by {found:g}, {limit:g} are allowed")
+        if found - limit > most[1] - 10 and limit < 5 and found > most[1]:
+            most = (unit, found)
+    culprit = faults[0].split()[0] if faults else ""
+    return judged(
+        expected,
+        f"all within their limits; but for sshd the most is {most[1]:g} ({most[0]})",
+        faults,
+        f"see what it is not denied: ravectl exec -- systemd-analyze security {culprit}",
+    )
+
+
+CHECKS = (
+    Check("X5", Suite.SECURITY, "the kernel and the mounts deny what they should", KERNEL,
+          judge_kernel),
+    Check("X6", Suite.SECURITY, "no unit is exposed more than it may be", EXPOSURES,
+          judge_exposures),
+)  # fmt: skip
