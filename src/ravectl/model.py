@@ -220,7 +220,7 @@ class Hardening:
     blocked_modules: tuple[str, ...]  # never loaded, whatever asks for them
     mounts: dict[str, tuple[str, ...]]  # a mount point, and the options that it has at least
     setuid: dict[str, tuple[str, ...]]  # by engine: the programs that give others' rights
-    exposures: dict[str, float]  # of units beside the services, as Service.exposure
+    exposures: dict[str, dict[str, float]]  # by engine: of units beside the services
     agents: Containment
 
     def kernel(self, engine: str) -> dict[str, str]:

@@ -129,8 +129,8 @@ ACCOUNTS = (
 )
 
 
-# What `systemd-analyze security` may say of a unit. Ours need nothing of the system. Others do what
-# their distribution lets them, less what our drop-ins take.
+# What `systemd-analyze security` may say of a unit. Ours need nothing of the system. Others do
+# what their distribution lets them, less what our drop-ins take.
 OUR_EXPOSURE = 2.0
 OTHERS_EXPOSURE = 4.0
 # All that a session may do its daemon must be allowed to do: what sshd is denied, root is by sudo
@@ -142,8 +142,8 @@ SOMEBODY_WAITS = 1000
 USUAL = 100
 NOBODY_WAITS = 20  # who measures waits for those who answer
 
-# What the kernel denies: those of the Linux Kernel Self-Protection Project and of CIS that a machine
-# without a keyboard, a router's work or a kernel developer does not miss.
+# What the kernel denies: settings of the Linux Kernel Self-Protection Project and of CIS that a
+# machine without a keyboard, a router's work or a kernel developer does not miss.
 SYSCTLS = {
     # nobody learns of addresses in the kernel, nor reads its messages
     "kernel.kptr_restrict": "2",
@@ -213,8 +213,8 @@ MOUNTS = {
     "/sys": (*_NO_RIGHTS, "noexec"),
 }
 
-# The one way to another's rights. Nobody has a password to change or to be asked for, mounts nothing
-# by himself, and systemd, not a helper of D-Bus, starts services.
+# The one way to another's rights. Nobody has a password to change or to be asked for, nobody
+# mounts by himself, and systemd, not a helper of D-Bus, starts services.
 SETUID = {
     EngineName.DEBIAN.value: ("/usr/bin/sudo",),
     # the second is D-Bus' own, which NixOS makes or not by its implementation of D-Bus
@@ -222,6 +222,18 @@ SETUID = {
         "/run/wrappers/bin/sudo", "/run/wrappers/bin/dbus-daemon-launch-helper",
     ),
 }  # fmt: skip
+
+# Units beside the services
+EXPOSURES = {
+    "rave-launcher@.service": OTHERS_EXPOSURE,  # root's: it starts units
+    "rave-units.service": OUR_EXPOSURE,
+    "rave-agents-disk.service": OUR_EXPOSURE,
+}
+ENGINE_EXPOSURES = {
+    # root's, too: it gives files to their owners. On NixOS sops-nix does, before there are units
+    EngineName.DEBIAN: {"rave-secrets.service": OTHERS_EXPOSURE, "chrony.service": OTHERS_EXPOSURE},
+    EngineName.NIX: {"chronyd.service": OTHERS_EXPOSURE},
+}
 
 AGENTS_DISK_SHARE = 4  # the part of the disk that agents may fill: a fourth
 
@@ -234,11 +246,7 @@ def hardening(machine: Machine, agents: tuple[Agent, ...], concurrency: int) -> 
         blocked_modules=BLOCKED_MODULES,
         mounts=MOUNTS,
         setuid=SETUID,
-        exposures={
-            "rave-launcher@.service": OTHERS_EXPOSURE,  # it starts units, as root
-            "rave-secrets.service": OTHERS_EXPOSURE,  # it gives files to their owners, as root
-            "rave-units.service": OUR_EXPOSURE,
-        },
+        exposures={e.value: EXPOSURES | own for e, own in ENGINE_EXPOSURES.items()},
         agents=Containment(
             memory_mb=concurrency * max(a.memory_mb for a in agents),
             cpu_percent=100 * machine.cpus,
@@ -246,7 +254,6 @@ def hardening(machine: Machine, agents: tuple[Agent, ...], concurrency: int) -> 
             disk_mb=machine.disk_gb * 1024 // AGENTS_DISK_SHARE,
         ),
     )
-
 
 
 class _Row:
@@ -445,7 +452,8 @@ ROUTES = (
 # templates/common/files/alerts.yml.j2 has their rules, docs/runbooks/ what to do about each
 ALERTS = (
     "ServiceDown", "OomKill", "ServiceFlapping", "MemoryPressure", "ServiceMemory", "CpuSaturated",
-    "DiskFilling", "MonitoringBroken", "HttpErrors", "HttpSlow", "AuthFailures", "BruteForce",
+    "DiskFilling", "AgentForkBomb", "MonitoringBroken", "HttpErrors", "HttpSlow", "AuthFailures",
+    "BruteForce",
     "WebhookErrors", "QueueStuck", "TaskFailures", "TraceCoverageLow", "DatabaseCorrupt",
     "BackupStale", "BackupBroken", "CertificateExpiring", "SecretsStale", "AvailabilityBurnFast",
     "AvailabilityBurnSlow",
@@ -477,7 +485,7 @@ def scrape_jobs(seconds: int) -> tuple[ScrapeJob, ...]:
             "units", 9100, "/metrics", min(seconds, UNIT_STATE_SECONDS),
             "rave_unit_.*|node_textfile_mtime_seconds", collect=("textfile",), honor_labels=True,
         ),
-        ScrapeJob("node", 9100, "/metrics", own, "node_.*|rave_(secret|backup|bans).*"),
+        ScrapeJob("node", 9100, "/metrics", own, "node_.*|rave_(secret|backup|bans|agents).*"),
         ScrapeJob("probes", 9115, "/probe", seconds, probes=PROBES),
         ScrapeJob("requests", 3903, "/metrics", seconds, "rave_.*|mtail_line.*_total"),
         ScrapeJob("dispatcher", 3001, "/metrics", seconds, "rave_.*|agent_.*|" + _PROCESS),

@@ -50,6 +50,7 @@ PACKAGES = (
     "age",
     "busybox-static",
     "ca-certificates",
+    "chrony",
     "curl",
     "dbus",
     "e2fsprogs",
@@ -631,7 +632,7 @@ def drop_setuid(root: Path, kept: tuple[str, ...]) -> None:
             path = os.path.join(folder, name)  # noqa: PTH118 - 40,000 of them
             mode = os.lstat(path).st_mode
             if stat.S_ISREG(mode) and mode & (stat.S_ISUID | stat.S_ISGID) and path not in spared:
-                os.chmod(path, stat.S_IMODE(mode) & ~(stat.S_ISUID | stat.S_ISGID))
+                Path(path).chmod(stat.S_IMODE(mode) & ~(stat.S_ISUID | stat.S_ISGID))
 
 
 def copy_root(base: Path, target: Path) -> None:

@@ -21,7 +21,7 @@ SETTINGS = {
     "data_checksums": "on",
 }
 
-# Read back in another session, whose buffers are the server's. That the commit was flushed is told by
+# Read back in another session, which sees only what was committed. That it was flushed is told by
 # the log's own account: its flushed end is behind what was written.
 SCRIPT = """\
 echo '== database =='

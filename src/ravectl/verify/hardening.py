@@ -1,8 +1,7 @@
-"""Checks of the suite `security`: what the kernel, the file systems and each unit's sandbox deny."""
+"""Checks of the suite `security`: what the kernel, the mounts and each unit's sandbox deny."""
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Iterable, Mapping
@@ -100,7 +99,9 @@ def sysctl_faults(settings: Mapping[str, str], text: str) -> list[str]:
 def _module_faults(blocked: Iterable[str], loaded: str, config: str) -> list[str]:
     # the kernel and modprobe take - and _ for the same
     names = {line.split()[0] for line in loaded.splitlines() if line.strip()}
-    denied = {m[1].replace("-", "_") for m in re.finditer(r"^install (\S+) \S*true\s*$", config, re.M)}
+    denied = {
+        m[1].replace("-", "_") for m in re.finditer(r"^install (\S+) \S*true\s*$", config, re.M)
+    }
     faults = []
     for module in blocked:
         name = module.replace("-", "_")
@@ -132,14 +133,21 @@ def mount_faults(
 
 # --- X6 --------------------------------------------------------------------------------------
 
+# All at once, and only units that have a limit: of every unit there is it takes three times as long
+# under TCG. The last line of each unit's table has the sum.
 EXPOSURE_SCRIPT = """\
 echo '== exposures =='
-systemd-analyze security --json=short --no-pager 2>&1
+systemd-analyze security --no-pager %(units)s 2>&1 | grep 'Overall exposure level'
 """
 
 
+def exposure_script(subject: Subject) -> str:
+    """The script that asks for the exposure of each unit that has a limit."""
+    return EXPOSURE_SCRIPT % {"units": shlex.join(exposure_limits(subject))}
+
+
 def _collect_exposures(target: VerifyTarget, deadline: float) -> str:
-    return guest.run_script(target, EXPOSURE_SCRIPT, deadline)
+    return guest.run_script(target, exposure_script(target.subject), deadline)
 
 
 EXPOSURES = Probe("exposures", _collect_exposures, 45.0)
@@ -148,34 +156,31 @@ EXPOSURES = Probe("exposures", _collect_exposures, 45.0)
 def exposure_limits(subject: Subject) -> dict[str, float]:
     """The limit of each unit that has one, by the unit's name."""
     limits = {subject.units()[s.name]: s.exposure for s in subject.plan.services}
-    return limits | subject.plan.hardening.exposures
+    return limits | subject.plan.hardening.exposures[subject.engine]
 
 
 def judge_exposures(subject: Subject, output: str) -> Judgement:
     """No unit's exposure, as systemd-analyze reckons it, is over its limit of the Plan."""
     limits = exposure_limits(subject)
     expected = f"the exposure of {len(limits)} units at most what the Plan says of each"
-    parts = guest.sections(output) or {}
-    try:
-        rows = json.loads(parts.get("exposures", ""))
-        seen = {str(r["unit"]): float(r["exposure"]) for r in rows}
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return unreadable(expected, "systemd-analyze told no exposures")
-    faults, most = [], ("", 0.0)
-    for unit, limit in limits.items():
-        found = seen.get(unit)
-        if found is None:
-            if unit in subject.units().values():
-                return unreadable(expected, f"systemd-analyze said nothing of {unit}")
-            continue  # a template, or a unit that is not loaded just now
-        if found > limit:
-            faults.append(f"{unit} is exposed by {found:g}, {limit:g} are allowed")
-        if found - limit > most[1] - 10 and limit < 5 and found > most[1]:
-            most = (unit, found)
+    text = (guest.sections(output) or {}).get("exposures", "")
+    # of a template it makes an instance for the purpose
+    rows = re.findall(r"exposure level for (\S+): ([\d.]+)", text)
+    seen = {re.sub(r"@test-instance\.", "@.", unit): float(level) for unit, level in rows}
+    if missing := [unit for unit in limits if unit not in seen]:
+        return unreadable(expected, f"systemd-analyze said nothing of {', '.join(missing)}")
+    faults = [
+        f"{unit} is exposed by {seen[unit]:g}, {limit:g} are allowed"
+        for unit, limit in limits.items()
+        if seen[unit] > limit
+    ]
+    spread = ", ".join(
+        f"{unit} {seen[unit]:g}" for unit in sorted(limits, key=lambda u: -seen[u])[:3]
+    )
     culprit = faults[0].split()[0] if faults else ""
     return judged(
         expected,
-        f"all within their limits; but for sshd the most is {most[1]:g} ({most[0]})",
+        f"all within their limits; the most are {spread}",
         faults,
         f"see what it is not denied: ravectl exec -- systemd-analyze security {culprit}",
     )

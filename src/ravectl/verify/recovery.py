@@ -1,7 +1,7 @@
 """Check S5: a service whose process is killed comes again by itself, and answers.
 
-Disruptive: each service is gone for some seconds. What it needs is in one script in the machine, which
-goes on if the connection is lost: SSH's own daemon is among those killed.
+Disruptive: each service is gone for some seconds. All of it is one script in the machine, for SSH's
+own daemon is among those killed: a session outlives its daemon.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def judge_recovery(subject: Subject, output: str) -> Judgement:
     text = (guest.sections(output) or {}).get("returned")
     if text is None:
         return unreadable(expected, "the answer about the services is incomplete")
-    seen = dict(m.groups() for m in re.finditer(r"^(\S+) (\S+)$", text, re.M))
+    seen = {m[1]: m[2] for m in re.finditer(r"^(\S+) (\S+)$", text, re.M)}
     faults: list[str] = []
     slowest = ("", 0.0)
     for service in subject.plan.services:
