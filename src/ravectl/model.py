@@ -221,6 +221,7 @@ class Hardening:
     mounts: dict[str, tuple[str, ...]]  # a mount point, and the options that it has at least
     setuid: dict[str, tuple[str, ...]]  # by engine: the programs that give others' rights
     exposures: dict[str, dict[str, float]]  # by engine: of units beside the services
+    profiles: dict[str, str]  # a service, and the AppArmor profile that it is held to
     agents: Containment
 
     def kernel(self, engine: str) -> dict[str, str]:

@@ -235,6 +235,10 @@ ENGINE_EXPOSURES = {
     EngineName.NIX: {"chronyd.service": OTHERS_EXPOSURE},
 }
 
+# Services that answer who comes through the ingress, and the ingress. Not sshd: its sessions would
+# inherit the profile, and an operator's may do all. Not those that only loopback reaches.
+CONFINED = ("ingress", "kanban", "router", "dispatcher")
+
 AGENTS_DISK_SHARE = 4  # the part of the disk that agents may fill: a fourth
 
 
@@ -247,6 +251,7 @@ def hardening(machine: Machine, agents: tuple[Agent, ...], concurrency: int) -> 
         mounts=MOUNTS,
         setuid=SETUID,
         exposures={e.value: EXPOSURES | own for e, own in ENGINE_EXPOSURES.items()},
+        profiles={name: f"rave-{name}" for name in CONFINED},
         agents=Containment(
             memory_mb=concurrency * max(a.memory_mb for a in agents),
             cpu_percent=100 * machine.cpus,

@@ -666,6 +666,11 @@ BROKEN = (
            "/usr/bin/passwd is setuid or setgid"),
     Broken("X5", "not all was searched", within("setuid", "find: '/opt': Permission denied"),
            "find: '/opt': Permission denied"),
+    Broken("X5", "AppArmor only complains",
+           swap("rave-ingress (enforce)", "rave-ingress (complain)"),
+           "nginx.service is held to rave-ingress (complain)"),
+    Broken("X5", "a service is unconfined",
+           swap("rave-kanban (enforce)", "unconfined"), "vibe-kanban.service is held to unconfined"),
     # X6
     Broken("X6", "nginx lost its sandbox",
            regex(r"for nginx\.service: [\d.]+", "for nginx.service: 9.2"),

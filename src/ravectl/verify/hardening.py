@@ -43,13 +43,21 @@ done </proc/self/mountinfo
 find "${places[@]}" -xdev -type f -perm /6000 2>&1
 echo '== searched =='
 printf '%%s\\n' "${places[@]}"
+echo '== confined =='
+for unit in %(confined)s; do
+  pid= profile=
+  IFS= read -r pid <"/sys/fs/cgroup/system.slice/$unit/cgroup.procs"
+  IFS= read -r profile <"/proc/$pid/attr/apparmor/current"
+  echo "$unit $profile"
+done 2>/dev/null
 """
 
 
 def kernel_script(subject: Subject) -> str:
     """The script that shows the kernel's settings, what is mounted how, and setuid programs."""
     keys = subject.plan.hardening.kernel(subject.engine)
-    return KERNEL_SCRIPT % {"keys": shlex.join(keys)}
+    confined = shlex.join(subject.units()[name] for name in subject.plan.hardening.profiles)
+    return KERNEL_SCRIPT % {"keys": shlex.join(keys), "confined": confined}
 
 
 def _collect_kernel(target: VerifyTarget, deadline: float) -> str:
@@ -69,7 +77,10 @@ def judge_kernel(subject: Subject, output: str) -> Judgement:
         f"{len(wanted.blocked_modules)} modules blocked, setuid only {', '.join(setuid)}"
     )
     parts = guest.sections(output) or {}
-    if not {"sysctls", "loaded", "blocked", "mounts", "setuid", "searched"} <= parts.keys():
+    if (
+        not {"sysctls", "loaded", "blocked", "mounts", "setuid", "searched", "confined"}
+        <= parts.keys()
+    ):
         return unreadable(expected, "the answer about the kernel is incomplete")
     mounts = _mount_options(parts["mounts"])
     if "/" not in mounts or "/" not in parts["searched"].splitlines():
@@ -82,6 +93,12 @@ def judge_kernel(subject: Subject, output: str) -> Judgement:
         for line in parts["setuid"].splitlines()
         if _WRAPPERS.sub("/run/wrappers/bin/", line) not in setuid
     ]
+    enforced = dict(line.partition(" ")[::2] for line in parts["confined"].splitlines())
+    for name, profile in wanted.profiles.items():
+        unit = subject.units()[name]
+        if enforced.get(unit) != f"{profile} (enforce)":
+            found = enforced.get(unit) or "nothing"
+            faults.append(f"{unit} is held to {found}, not to AppArmor's {profile}")
     return judged(expected, "all as planned", faults, _REBUILD)
 
 
