@@ -239,6 +239,8 @@ ENGINE_EXPOSURES = {
 # inherit the profile, and an operator's may do all. Not those that only loopback reaches.
 CONFINED = ("ingress", "kanban", "router", "dispatcher")
 
+AGENTS_SPARE_MB = 32
+AGENTS_SPARE_TASKS = 32
 AGENTS_DISK_SHARE = 4  # the part of the disk that agents may fill: a fourth
 
 
@@ -253,9 +255,10 @@ def hardening(machine: Machine, agents: tuple[Agent, ...], concurrency: int) -> 
         exposures={e.value: EXPOSURES | own for e, own in ENGINE_EXPOSURES.items()},
         profiles={name: f"rave-{name}" for name in CONFINED},
         agents=Containment(
-            memory_mb=concurrency * max(a.memory_mb for a in agents),
+            # a little more, so that a task meets its own limit first, which says whose it was
+            memory_mb=concurrency * max(a.memory_mb for a in agents) + AGENTS_SPARE_MB,
             cpu_percent=100 * machine.cpus,
-            tasks=concurrency * max(a.tasks for a in agents),
+            tasks=concurrency * max(a.tasks for a in agents) + AGENTS_SPARE_TASKS,
             disk_mb=machine.disk_gb * 1024 // AGENTS_DISK_SHARE,
         ),
     )

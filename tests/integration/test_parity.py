@@ -568,8 +568,9 @@ def order(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     names["sops-install-secrets.service"] = "secrets"
     names |= {s.unit[e]: s.name for s in plan.services for e in EngineName}
 
+    # NixOS loads AppArmor's policy before it starts any service
     def ours(units: Iterable[str]) -> set[str]:
-        return {names.get(u, u) for u in units}
+        return {names.get(u, u) for u in units} - {"rave-apparmor.service"}
 
     here, there = {}, {}
     for s in plan.services:
@@ -774,6 +775,29 @@ def blocked_modules(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     for name in plan.hardening.blocked_modules:
         assert f"\nblacklist {name}\ninstall {name} /bin/true\n" in text
     return text, nix.at("boot.extraModprobeConfig")
+
+
+@row
+def confinement(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    """AppArmor's profiles, and who is held to which."""
+    text = debian.text("etc/apparmor.d/rave")
+    assert nix.at("security.apparmor.enable")
+    names = plan.hardening.profiles
+    assert [f"\nprofile {p} " in text for p in names.values()] == [True] * len(names)
+    here = {n: debian.unit(n).get("AppArmorProfile") for n in names}
+    there = {n: [nix.config(n)["AppArmorProfile"]] for n in names}
+    return (
+        (text, {n: [p] for n, p in names.items()}),
+        (text, here),
+        (nix.at("security.apparmor.policies.rave.profile"), there),
+    )
+
+
+@row
+def clock(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    row = nix.at("services.chrony")
+    assert (row["enable"], row["servers"], row["enableRTCTrimming"]) == (True, [], False)
+    return debian.text("etc/chrony/chrony.conf"), row["extraConfig"]
 
 
 @row
@@ -1075,7 +1099,7 @@ OWN = re.compile(
     r"sops\.(?!secrets|useTmpfs)|system\.|"
     r"systemd\.(coredump|network\.wait-online|services\.(serial-)?getty)|"
     r"systemd\.services\.sops-install-secrets\.|systemd\.tmpfiles\.|"
-    r"systemd\.services\.vibe-kanban\.path\.|"
+    r"systemd\.services\.(vibe-kanban|rave-agents-disk)\.path\.|"
     r"systemd\.services\..*\.(ExecStart|ExecStartPre|ExecReload|RuntimeDirectory\.0|postStart)|"
     r"services\.(resolved|postgresql\.(package|authentication|initdbArgs)|openssh\.openFirewall)|"
     r"services\.nginx\.virtualHosts\..*\.root$|"

@@ -670,7 +670,8 @@ BROKEN = (
            swap("rave-ingress (enforce)", "rave-ingress (complain)"),
            "nginx.service is held to rave-ingress (complain)"),
     Broken("X5", "a service is unconfined",
-           swap("rave-kanban (enforce)", "unconfined"), "vibe-kanban.service is held to unconfined"),
+           swap("rave-kanban (enforce)", "unconfined"),
+           "vibe-kanban.service is held to unconfined"),
     # X6
     Broken("X6", "nginx lost its sandbox",
            regex(r"for nginx\.service: [\d.]+", "for nginx.service: 9.2"),
