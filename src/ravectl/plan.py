@@ -228,11 +228,12 @@ EXPOSURES = {
     "rave-launcher@.service": OTHERS_EXPOSURE,  # root's: it starts units
     "rave-units.service": OUR_EXPOSURE,
     "rave-agents-disk.service": OUR_EXPOSURE,
+    "rave-clock.service": OUR_EXPOSURE,
 }
 ENGINE_EXPOSURES = {
     # root's, too: it gives files to their owners. On NixOS sops-nix does, before there are units
-    EngineName.DEBIAN: {"rave-secrets.service": OTHERS_EXPOSURE, "chrony.service": OTHERS_EXPOSURE},
-    EngineName.NIX: {"chronyd.service": OTHERS_EXPOSURE},
+    EngineName.DEBIAN: {"rave-secrets.service": OTHERS_EXPOSURE},
+    EngineName.NIX: {},
 }
 
 # Services that answer who comes through the ingress, and the ingress. Not sshd: its sessions would

@@ -296,7 +296,8 @@ def test_nft_accepts_the_ruleset(machine: str) -> None:
 def test_scripts_are_those_of_nixos(machine: str) -> None:
     scripts = {p.stem: p for p in (nixos.flake() / "modules" / machine / "scripts").glob("*.sh")}
     assert set(scripts) == {
-        "agents-disk", "ingress-config", "need", "roles", "router-config", "secrets", "units",
+        "agents-disk", "clock", "ingress-config", "need", "roles", "router-config", "secrets",
+        "units",
     }  # fmt: skip
     for path in scripts.values():
         done = subprocess.run(["bash", "-n", path], capture_output=True, check=False)

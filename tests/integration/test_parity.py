@@ -795,9 +795,19 @@ def confinement(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
 
 @row
 def clock(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
-    row = nix.at("services.chrony")
-    assert (row["enable"], row["servers"], row["enableRTCTrimming"]) == (True, [], False)
-    return debian.text("etc/chrony/chrony.conf"), row["extraConfig"]
+    folder = "etc/systemd/system"
+    unit = Unit(debian.text(f"{folder}/rave-clock.service"))
+    row = nix.at("systemd.services.rave-clock")
+    assert not nix.at("services.timesyncd.enable")
+    assert (unit["After"], row["after"]) == (["ssh.service"], ["sshd.service"])
+    assert debian.tree.file(f"{folder}/multi-user.target.wants/rave-clock.service").target
+    assert row["wantedBy"] == unit["WantedBy"]
+    assert [row["unitConfig"][k] for k in ("StartLimitIntervalSec", "StartLimitBurst")] == [
+        unit.one("StartLimitIntervalSec"), unit.one("StartLimitBurst"),
+    ]  # fmt: skip
+    skip = ("Exec", "After", "WantedBy", "Description")
+    assert row["description"] == unit.one("Description")
+    return debian_values(unit, skip), nix_values(row["serviceConfig"], skip)
 
 
 @row

@@ -1,4 +1,4 @@
-"""A fork bomb, a memory hog and a disk filler as an agent: they are stopped, and nobody else is hurt.
+"""A fork bomb, a memory hog and a disk filler as an agent: stopped, and nobody else is hurt.
 
 Also what the kernel is told of a machine that stood still: its clock comes right by itself.
 """

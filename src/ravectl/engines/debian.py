@@ -51,7 +51,6 @@ PACKAGES = (
     "apparmor",
     "busybox-static",
     "ca-certificates",
-    "chrony",
     "curl",
     "dbus",
     "e2fsprogs",

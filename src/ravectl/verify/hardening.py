@@ -183,7 +183,7 @@ def judge_exposures(subject: Subject, output: str) -> Judgement:
     text = (guest.sections(output) or {}).get("exposures", "")
     # of a template it makes an instance for the purpose
     rows = re.findall(r"exposure level for (\S+): ([\d.]+)", text)
-    seen = {re.sub(r"@test-instance\.", "@.", unit): float(level) for unit, level in rows}
+    seen = {re.sub(r"@test.instance\.", "@.", unit): float(level) for unit, level in rows}
     if missing := [unit for unit in limits if unit not in seen]:
         return unreadable(expected, f"systemd-analyze said nothing of {', '.join(missing)}")
     faults = [
