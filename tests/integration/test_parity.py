@@ -1002,7 +1002,7 @@ def router(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
 def journal_manager_and_files(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     names = (
         "systemd/journald.conf.d/rave.conf", "systemd/system.conf.d/rave.conf",
-        "systemd/system/user-.slice.d/rave.conf", "tmpfiles.d/rave.conf",
+        "systemd/system/user-.slice.d/rave.conf", "tmpfiles.d/rave.conf", "issue.net",
     )  # fmt: skip
     return [debian.text(f"etc/{n}") for n in names], [nix.etc(n) for n in names]
 
