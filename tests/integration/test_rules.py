@@ -156,11 +156,11 @@ CASES = [
         "3m", (({"mountpoint": "/home/agent"}, "100% of the disk at /home/agent is used"),), "15s",
     ),
     Case(
-        "AgentForkBomb", {"rave_agents_denied_processes_total": "0x4 1500x12"}, "3m",
+        "AgentForkBomb", {"rave_agents_denied_processes_total": "0x4 150x12"}, "3m",
         (({}, "an agent task went on starting processes beyond what it may have"),), "15s",
     ),
     Case(
-        "AgentForkBomb", {"rave_agents_denied_processes_total": "0x4 300x12"}, "3m", (), "15s",
+        "AgentForkBomb", {"rave_agents_denied_processes_total": "0x4 30x12"}, "3m", (), "15s",
     ),
     Case("DiskFilling", {DISK: "1000x30", LEFT: "210x30"}, "3m", (), "15s"),
     *(

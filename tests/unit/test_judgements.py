@@ -613,11 +613,11 @@ BROKEN = (
     Broken("D6", "not in the files", within("digests", f"{'0' * 64}  ./left/over"),
            "left/over should not be there"),
     # S5
-    Broken("S5", "it did not return", regex(r"^ingress \d+$", "ingress did-not-return"),
+    Broken("S5", "it did not return", regex(r"(?m)^ingress \d+$", "ingress did-not-return"),
            "ingress did not return"),
-    Broken("S5", "it returned too late", regex(r"^router \d+$", "router 30000"),
+    Broken("S5", "it returned too late", regex(r"(?m)^router \d+$", "router 30000"),
            "router came again after 30.0 s"),
-    Broken("S5", "there was nothing to kill", regex(r"^mtail \d+$", "mtail was-not-running"),
+    Broken("S5", "there was nothing to kill", regex(r"(?m)^mtail \d+$", "mtail was-not-running"),
            "mtail was not running"),
     # D1
     Broken("D1", "commits are not flushed", swap("setting|fsync|on", "setting|fsync|off"),
@@ -644,7 +644,7 @@ BROKEN = (
     # X5
     Broken("X5", "a setting is another", regex(r"kptr_restrict = \d", "kptr_restrict = 0"),
            "kernel.kptr_restrict is 0, not 2"),
-    Broken("X5", "a setting is not there", regex(r"^kernel\.sysrq = 0\n", ""),
+    Broken("X5", "a setting is not there", regex(r"(?m)^kernel\.sysrq = 0\n", ""),
            "kernel.sysrq is not there, not 0"),
     Broken("X5", "dumps are written", regex(r"core_pattern = .*", "core_pattern = core"),
            "kernel.core_pattern is core"),
@@ -652,13 +652,13 @@ BROKEN = (
            "module sctp is loaded"),
     Broken("X5", "a module under its other name", within("loaded", "usb_storage 90112 0 - Live"),
            "module usb-storage is loaded"),
-    Broken("X5", "a module may be loaded", regex(r"^install dccp .*\n", ""),
+    Broken("X5", "a module may be loaded", regex(r"(?m)^install dccp .*\n", ""),
            "module dccp may be loaded"),
     Broken("X5", "programs run from /tmp",
            regex(r" /tmp rw,nosuid,nodev,noexec", " /tmp rw,nosuid,nodev"),
            "/tmp is mounted without noexec"),
     Broken("X5", "the agents' disk is not there",
-           regex(r"^.* /home/agent .*\n", ""), "/home/agent is no mount of its own"),
+           regex(r"(?m)^.* /home/agent .*\n", ""), "/home/agent is no mount of its own"),
     Broken("X5", "one mounted over it",
            swap("\n== setuid ==", "\n99 1 0:9 / /dev/shm rw,exec - tmpfs tmpfs rw\n== setuid =="),
            "/dev/shm is mounted without nosuid, nodev, noexec"),
@@ -737,7 +737,7 @@ UNREADABLE = (
      chain(without("digests"), swap("== places", "== digests ==\nsh: no\n== places"))),
     ("D6", "the files hold nothing",
      chain(without("wanted"), swap("== end", "== wanted ==\n== end"))),
-    ("S5", "a service was not killed", regex(r"^router \d+\n", "")),
+    ("S5", "a service was not killed", regex(r"(?m)^router \d+\n", "")),
     ("D1", "PostgreSQL was not asked", without("database")),
     ("D1", "there is no psql",
      chain(without("database"),
@@ -747,7 +747,7 @@ UNREADABLE = (
      chain(without("searched"), swap("== end", "== searched ==\n== end"))),
     ("X6", "systemd-analyze failed",
      chain(without("exposures"), swap("== end", "== exposures ==\nFailed to connect\n== end"))),
-    ("X6", "a unit is missing", regex(r"^.* for nginx\.service: .*\n", "")),
+    ("X6", "a unit is missing", regex(r"(?m)^.* for nginx\.service: .*\n", "")),
 )  # fmt: skip
 
 

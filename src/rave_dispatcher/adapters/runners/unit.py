@@ -15,9 +15,9 @@ _TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-0[01]")
 STOP_SECONDS = 5
 SECRETS = "/run/secrets"
 SLICE = "agents.slice"  # what holds all tasks together
-# A program that is refused a process now and then waits or gives up; one that asks a thousand times
+# A program that is refused a process now and then waits or gives up; one that asks a hundred times
 # more is a fork bomb, or as good as one.
-DENIED_MOST = 1000
+DENIED_MOST = 100
 
 SANDBOX = (
     "NoNewPrivileges=yes",
