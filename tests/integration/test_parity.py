@@ -401,6 +401,8 @@ def returning(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     }  # fmt: skip
     units = nix.at("systemd.services")["rave-units"]["unitConfig"]
     assert [units[k] for k in limits] == expected[1]
+    exporter = nix.config("node-exporter")["ProtectHome"]
+    assert debian.unit("node-exporter").one("ProtectHome") == exporter
     return {s.name: expected for s in plan.services}, here, there
 
 

@@ -338,7 +338,7 @@ def make_place(plan: Plan, tree: RenderedTree, stage: Path) -> Place:
 # Debian 13's OpenSSH knows these, Debian 12's does not and refuses the whole file.
 NEW_KEX = ("mlkem768x25519-sha256", "sntrup761x25519-sha512")
 # Keys of units that this host's systemd may be too old for: it ignores them, and says so.
-NEW_UNIT_KEYS = ("ImportCredential",)
+NEW_UNIT_KEYS = ("ImportCredential", "RestartSteps", "RestartMaxDelaySec")
 
 
 def as_known_to_this_host(tree: RenderedTree) -> RenderedTree:
