@@ -49,6 +49,7 @@ from ravectl.model import (
     InstanceState,
     Plan,
 )
+from ravectl.plan import SECRETS
 from ravectl.verify import VerifyTarget, secrecy
 from ravectl.workspace import Workspace
 
@@ -102,7 +103,7 @@ def up(
         command.find_tool(qemu.PROGRAM, "install it: apt-get install qemu-system-x86")
         kept = instance.record
         opener = identity or sops.find_identity(usual=workspace.identity_file)
-        vault.ensure(workspace, plan.secrets, opener)  # a missing key is told before a long build
+        vault.ensure(workspace, SECRETS, opener)  # a missing key is told before a long build
         _require_memory(plan if kept is None or kept.image is None else kept.plan)
         image = _prepare(instance, plan, get_image)
         chosen = accelerator or choose_accelerator()
@@ -260,7 +261,7 @@ def _handed_over(
     running.
     """
     workspace = instance.workspace
-    shared = vault.ensure(workspace, plan.secrets, identity)
+    shared = vault.ensure(workspace, SECRETS, identity)
     machine = vault.ensure_machine(workspace, instance.folder, plan, shared, identity)
     lock = files.lock(instance.places.lock, "the workspace's secrets", wait=True)
     with lock, files.in_memory() as folder:
