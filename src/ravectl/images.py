@@ -249,6 +249,8 @@ def _make_debian(inputs: Inputs, target: Path) -> None:
         with console.step("configuration"):
             debian.copy_root(inputs.base.root, root)
             write_tree(inputs.tree, root)
+            debian.compile_policy(root)
+            debian.drop_setuid(root, inputs.plan.hardening.setuid[EngineName.DEBIAN])
             debian.compile_python(root, f"{debian.DISPATCHER}/rave_dispatcher")
         with console.step("file system"):
             raw = image if inputs.format is ImageFormat.RAW else work / "disk.raw"

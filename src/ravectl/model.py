@@ -189,6 +189,7 @@ class Limits:
     cpu_percent: int  # 100 is one core, as in CPUQuota=
     oom_score_adjust: int  # -1000 (never killed) to 1000 (first)
     tasks: int
+    cpu_weight: int = 100  # 1 to 10000: its share when the processors are wanted by several
 
 
 @dataclass(frozen=True)
@@ -215,9 +216,39 @@ class Service:
     ports: tuple[int, ...]
     limits: Limits
     health: Health
+    exposure: float  # the most that `systemd-analyze security` may say: 0 (closed) to 10
     after: tuple[str, ...] = ()
     secrets: tuple[str, ...] = ()
     engines: tuple[EngineName, ...] = tuple(EngineName)  # whose machines have it
+
+
+@dataclass(frozen=True)
+class Hardening:
+    """What the kernel and the file systems deny, beyond what each unit denies itself."""
+
+    sysctls: dict[str, str]
+    # what only one engine's kernel knows
+    engine_sysctls: dict[str, dict[str, str]]
+    blocked_modules: tuple[str, ...]  # never loaded, whatever asks for them
+    mounts: dict[str, tuple[str, ...]]  # a mount point, and the options that it has at least
+    setuid: dict[str, tuple[str, ...]]  # by engine: the programs that give others' rights
+    exposures: dict[str, dict[str, float]]  # by engine: of units beside the services
+    profiles: dict[str, str]  # a service, and the AppArmor profile that it is held to
+    agents: Containment
+
+    def kernel(self, engine: str) -> dict[str, str]:
+        """The kernel's settings on `engine`, by their names."""
+        return {**self.sysctls, **self.engine_sysctls.get(engine, {})}
+
+
+@dataclass(frozen=True)
+class Containment:
+    """What all agent tasks together are held to (agents.slice), and the disk that they have."""
+
+    memory_mb: int
+    cpu_percent: int
+    tasks: int
+    disk_mb: int
 
 
 @dataclass(frozen=True)
@@ -470,6 +501,7 @@ class Plan:
     router_providers: tuple[RouterProvider, ...]
     agent_concurrency: int
     agents: tuple[Agent, ...]  # one for each of AGENT_TYPES
+    hardening: Hardening
     webhook_rules: tuple[WebhookRule, ...]
     otlp_endpoint: str | None  # where spans go beside the dispatcher's store
     service_memory_mb: int  # what the limits of all services may sum to

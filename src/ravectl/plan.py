@@ -20,7 +20,9 @@ from ravectl.model import (
     Agent,
     AlertReceiver,
     AptSource,
+    Containment,
     EngineName,
+    Hardening,
     Health,
     HttpProbe,
     Limits,
@@ -119,6 +121,7 @@ def make_plan(
         ),
         agent_concurrency=agent_concurrency,
         agents=agents,
+        hardening=hardening(machine, agents, agent_concurrency),
         webhook_rules=rules,
         otlp_endpoint=otlp_endpoint,
         service_memory_mb=machine.memory_mb - RESERVED_MB,
@@ -137,6 +140,145 @@ ACCOUNTS = (
 )
 
 
+# What `systemd-analyze security` may say of a unit. Ours need nothing of the system. Others do
+# what their distribution lets them, less what our drop-ins take.
+OUR_EXPOSURE = 2.0
+OTHERS_EXPOSURE = 4.0
+# All that a session may do its daemon must be allowed to do: what sshd is denied, root is by sudo
+LOGIN_EXPOSURE = 9.0
+
+# Shares of the processors (CPUWeight=) when several want them
+MUST_GET_THROUGH = 3000  # whoever comes in by SSH while the machine drowns in work
+SOMEBODY_WAITS = 1000
+USUAL = 100
+NOBODY_WAITS = 20  # who measures waits for those who answer
+
+# What the kernel denies: settings of the Linux Kernel Self-Protection Project and of CIS that a
+# machine without a keyboard, a router's work or a kernel developer does not miss.
+SYSCTLS = {
+    # nobody learns of addresses in the kernel, nor reads its messages
+    "kernel.kptr_restrict": "2",
+    "kernel.dmesg_restrict": "1",
+    "kernel.perf_event_paranoid": "3",
+    # a program looks into its own children only
+    "kernel.yama.ptrace_scope": "1",
+    "kernel.unprivileged_bpf_disabled": "1",
+    "net.core.bpf_jit_harden": "2",
+    "kernel.kexec_load_disabled": "1",
+    "kernel.sysrq": "0",
+    "kernel.randomize_va_space": "2",
+    "dev.tty.ldisc_autoload": "0",
+    "vm.unprivileged_userfaultfd": "0",
+    "vm.mmap_min_addr": "65536",
+    # files and pipes that others left in common folders are not followed, linked or opened
+    "fs.protected_hardlinks": "1",
+    "fs.protected_symlinks": "1",
+    "fs.protected_fifos": "2",
+    "fs.protected_regular": "2",
+    # memory is written to no disk: no dumps, and nothing is swapped before it must be
+    "fs.suid_dumpable": "0",
+    "kernel.core_pattern": "|/bin/false",
+    "kernel.core_uses_pid": "1",
+    "vm.swappiness": "1",
+    # one address, one gateway: what says otherwise is wrong or an attack
+    **{
+        f"net.ipv4.conf.{where}.{key}": value
+        for where in ("all", "default")
+        for key, value in (
+            ("accept_redirects", "0"), ("secure_redirects", "0"), ("send_redirects", "0"),
+            ("accept_source_route", "0"), ("forwarding", "0"), ("log_martians", "1"),
+            ("rp_filter", "1"),
+        )
+    },
+    **{
+        f"net.ipv6.conf.{where}.{key}": "0"
+        for where in ("all", "default")
+        for key in ("accept_redirects", "accept_source_route", "accept_ra")
+    },
+    "net.ipv4.icmp_echo_ignore_broadcasts": "1",
+    "net.ipv4.icmp_ignore_bogus_error_responses": "1",
+    "net.ipv4.tcp_syncookies": "1",
+    "net.ipv4.tcp_rfc1337": "1",
+    # nginx tells mtail of each request by a datagram, and does not wait when none is taken: the
+    # default of 10 is a hundredth of a second of a busy ingress. What a sender may have under way
+    # bounds it, too: the default of 208 KB is some 270 of them. Of 4,000 in 20 s a third was lost
+    # (emulated, 512 in the queue).
+    "net.unix.max_dgram_qlen": "4096",
+    "net.core.wmem_default": "2097152",
+}  # fmt: skip
+# a switch of Debian's kernel: namespaces for users are the way to most of the kernel's own defects
+ENGINE_SYSCTLS = {EngineName.DEBIAN.value: {"kernel.unprivileged_userns_clone": "0"}}
+
+# Protocols, file systems and buses that nothing here uses, each with a history of defects
+BLOCKED_MODULES = (
+    "dccp", "sctp", "rds", "tipc", "ax25", "netrom", "rose", "x25", "can", "atm", "appletalk",
+    "cramfs", "freevxfs", "jffs2", "hfs", "hfsplus", "udf", "squashfs", "nfs", "cifs", "ksmbd",
+    "usb-storage", "firewire-core", "firewire-ohci", "thunderbolt", "bluetooth", "vivid",
+    "floppy", "pcspkr", "algif_aead", "n_hdlc",
+)  # fmt: skip
+
+_NO_RIGHTS = ("nosuid", "nodev")
+MOUNTS = {
+    # programs of tasks are built and run there, so it is not noexec
+    "/home/agent": _NO_RIGHTS,
+    **dict.fromkeys(("/tmp", "/var/tmp", "/dev/shm", "/run/secrets.d"), (*_NO_RIGHTS, "noexec")),  # noqa: S108
+    "/run": _NO_RIGHTS,
+    "/proc": (*_NO_RIGHTS, "noexec"),
+    "/sys": (*_NO_RIGHTS, "noexec"),
+}
+
+# The one way to another's rights. Nobody has a password to change or to be asked for, nobody
+# mounts by himself, and systemd, not a helper of D-Bus, starts services.
+SETUID = {
+    EngineName.DEBIAN.value: ("/usr/bin/sudo",),
+    # the second is D-Bus' own, which NixOS makes or not by its implementation of D-Bus
+    EngineName.NIX.value: (
+        "/run/wrappers/bin/sudo", "/run/wrappers/bin/dbus-daemon-launch-helper",
+    ),
+}  # fmt: skip
+
+# Units beside the services
+EXPOSURES = {
+    "rave-launcher@.service": OTHERS_EXPOSURE,  # root's: it starts units
+    "rave-units.service": OUR_EXPOSURE,
+    "rave-agents-disk.service": OUR_EXPOSURE,
+    "rave-clock.service": OUR_EXPOSURE,
+}
+ENGINE_EXPOSURES = {
+    # root's, too: it gives files to their owners. On NixOS sops-nix does, before there are units
+    EngineName.DEBIAN: {"rave-secrets.service": OTHERS_EXPOSURE},
+    EngineName.NIX: {},
+}
+
+# Services that answer who comes through the ingress, and the ingress. Not sshd: its sessions would
+# inherit the profile, and an operator's may do all. Not those that only loopback reaches.
+CONFINED = ("ingress", "kanban", "router", "dispatcher")
+
+AGENTS_SPARE_MB = 32
+AGENTS_SPARE_TASKS = 32
+AGENTS_DISK_SHARE = 4  # the part of the disk that agents may fill: a fourth
+
+
+def hardening(machine: Machine, agents: tuple[Agent, ...], concurrency: int) -> Hardening:
+    """What the kernel and the file systems deny, and what agent tasks together may use."""
+    return Hardening(
+        sysctls=SYSCTLS,
+        engine_sysctls=ENGINE_SYSCTLS,
+        blocked_modules=BLOCKED_MODULES,
+        mounts=MOUNTS,
+        setuid=SETUID,
+        exposures={e.value: EXPOSURES | own for e, own in ENGINE_EXPOSURES.items()},
+        profiles={name: f"rave-{name}" for name in CONFINED},
+        agents=Containment(
+            # a little more, so that a task meets its own limit first, which says whose it was
+            memory_mb=concurrency * max(a.memory_mb for a in agents) + AGENTS_SPARE_MB,
+            cpu_percent=100 * machine.cpus,
+            tasks=concurrency * max(a.tasks for a in agents) + AGENTS_SPARE_TASKS,
+            disk_mb=machine.disk_gb * 1024 // AGENTS_DISK_SHARE,
+        ),
+    )
+
+
 class _Row:
     """A service as the table has it: everything but its limits, which the profile gives."""
 
@@ -153,6 +295,8 @@ class _Row:
         after: tuple[str, ...] = (),
         secrets: tuple[str, ...] = (),
         engines: tuple[EngineName, ...] = tuple(EngineName),
+        exposure: float = OTHERS_EXPOSURE,
+        weight: int = NOBODY_WAITS,
     ) -> None:
         self.name = name
         self.description = description
@@ -163,6 +307,8 @@ class _Row:
         self.after = after
         self.secrets = secrets
         self.engines = engines
+        self.exposure = exposure
+        self.weight = weight
 
 
 def _service(row: _Row, limits: _Limits) -> Service:
@@ -177,8 +323,10 @@ def _service(row: _Row, limits: _Limits) -> Service:
             cpu_percent=limits.cpu_percent,
             oom_score_adjust=limits.oom_score_adjust,
             tasks=limits.tasks,
+            cpu_weight=row.weight,
         ),
         health=row.health,
+        exposure=row.exposure,
         after=row.after,
         secrets=row.secrets,
         engines=row.engines,
@@ -189,19 +337,23 @@ SERVICES = (
     _Row(
         "ssh", "SSH, keys only", "sshd.service", "root", Health(SSH_PORT, None),
         debian="ssh.service", secrets=("ssh/host-key", "ssh/authorized-keys"),
+        exposure=LOGIN_EXPOSURE, weight=MUST_GET_THROUGH,
     ),
     _Row(
         "ingress", "HTTPS ingress, the single way in", "nginx.service", "www-data",
         Health(8080, "/status"), ports=(INGRESS_PORT, 8080),
         secrets=("ingress/tls-key", "ingress/tls-cert", "ingress/htpasswd", "ccr/api-key"),
+        weight=SOMEBODY_WAITS,
     ),
     _Row(
         "kanban", "Vibe Kanban", "vibe-kanban.service", "vibe-kanban",
         Health(3000, "/api/health"),
+        exposure=OUR_EXPOSURE, weight=USUAL,
     ),
     _Row(
         "router", "Claude Code Router", "claude-code-router.service", "ccr",
         Health(3456, "/health"), secrets=("agents/anthropic-api-key",),
+        exposure=OUR_EXPOSURE, weight=SOMEBODY_WAITS,
     ),
     _Row(
         "dispatcher", "Webhook dispatcher", "rave-dispatcher.service", "rave-dispatcher",
@@ -210,10 +362,12 @@ SERVICES = (
             "dispatcher/api-token", "dispatcher/alerts-token", "dispatcher/gitlab-token",
             "dispatcher/github-secret", "dispatcher/standard-secret",
         ),
+        exposure=OUR_EXPOSURE, weight=SOMEBODY_WAITS,
     ),
     _Row(
         "postgresql", "PostgreSQL", "postgresql.service", "postgres", Health(5432, None),
         debian="postgresql@17-main.service", secrets=("postgres/exporter-scram",),
+        weight=USUAL,
     ),
     _Row(
         "prometheus", "Prometheus", "prometheus.service", "prometheus",
@@ -252,6 +406,7 @@ SERVICES = (
     _Row(
         "mtail", "Counts and times the ingress's requests by route", "mtail.service", "mtail",
         Health(3903, "/"),
+        weight=USUAL,
     ),
 )  # fmt: skip
 
@@ -353,10 +508,10 @@ ROUTES = (
 # templates/common/files/alerts.yml.j2 has their rules, docs/runbooks/ what to do about each
 ALERTS = (
     "ServiceDown", "OomKill", "ServiceFlapping", "MemoryPressure", "ServiceMemory", "CpuSaturated",
-    "DiskFilling", "MonitoringBroken", "HttpErrors", "HttpSlow", "AuthFailures", "BruteForce",
-    "WebhookErrors", "RuleFailures", "QueueStuck", "TaskFailures", "TraceCoverageLow",
-    "DatabaseCorrupt", "BackupStale", "BackupBroken", "CertificateExpiring", "SecretsStale",
-    "AvailabilityBurnFast", "AvailabilityBurnSlow",
+    "DiskFilling", "AgentForkBomb", "MonitoringBroken", "HttpErrors", "HttpSlow", "AuthFailures",
+    "BruteForce", "WebhookErrors", "RuleFailures", "QueueStuck", "TaskFailures",
+    "TraceCoverageLow", "DatabaseCorrupt", "BackupStale", "BackupBroken", "CertificateExpiring",
+    "SecretsStale", "AvailabilityBurnFast", "AvailabilityBurnSlow",
 )  # fmt: skip
 
 # templates/common/dashboards/ has them: a file of the same name each
@@ -388,7 +543,7 @@ def scrape_jobs(seconds: int) -> tuple[ScrapeJob, ...]:
             "units", 9100, "/metrics", min(seconds, UNIT_STATE_SECONDS),
             "rave_unit_.*|node_textfile_mtime_seconds", collect=("textfile",), honor_labels=True,
         ),
-        ScrapeJob("node", 9100, "/metrics", own, "node_.*|rave_(secret|backup|bans).*"),
+        ScrapeJob("node", 9100, "/metrics", own, "node_.*|rave_(secret|backup|bans|agents).*"),
         ScrapeJob("probes", 9115, "/probe", seconds, probes=PROBES),
         ScrapeJob("requests", 3903, "/metrics", seconds, "rave_.*|mtail_line.*_total"),
         ScrapeJob("dispatcher", 3001, "/metrics", seconds, "rave_.*|agent_.*|" + _PROCESS),

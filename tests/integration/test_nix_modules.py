@@ -307,7 +307,8 @@ def test_scripts_are_those_of_nixos(machine: str) -> None:
     scripts = {p.stem: p for p in (nixos.flake() / "modules" / machine / "scripts").glob("*.sh")}
     own = {"grafana-password"} if machine in WITH_GRAFANA else set()
     assert set(scripts) == own | {
-        "bans", "ingress-config", "need", "roles", "router-config", "secrets", "units",
+        "agents-disk", "bans", "clock", "ingress-config", "need", "roles", "router-config",
+        "secrets", "units",
     }  # fmt: skip
     for path in scripts.values():
         done = subprocess.run(["bash", "-n", path], capture_output=True, check=False)

@@ -46,6 +46,28 @@ class Unit(dict[str, list[str]]):
         return self[key][-1]
 
 
+def nix_values(settings: dict[str, Any], skip: tuple[str, ...] = ()) -> dict[str, list[str]]:
+    """Settings of a unit as NixOS writes them: each a list of texts."""
+    return {
+        k: [
+            {"True": "yes", "False": "no"}.get(str(x), str(x))
+            for x in (v if isinstance(v, list) else [v])
+        ]
+        for k, v in settings.items()
+        if not k.startswith(skip)
+    }
+
+
+def debian_values(unit: Unit, skip: tuple[str, ...]) -> dict[str, list[str]]:
+    """Settings of a unit; where one is said more than once and is no list, the last."""
+    lists = ("SystemCallFilter",)
+    return {
+        k: v if k in lists else v[-1:]
+        for k, v in unit.items()
+        if not k.startswith((*skip, "Start"))
+    }
+
+
 Block = list[tuple[list[str], "Block"]]
 
 
@@ -368,25 +390,42 @@ def cpu_weights(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
 @row
 def sandbox(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     """All that units which are wholly ours say of their processes."""
-
-    def said(value: object) -> Any:
-        if isinstance(value, list):
-            return [said(v) for v in value]
-        return {"True": "yes", "False": "no"}.get(str(value), str(value))
-
     skip = ("Exec", "Environment", "Description", "After", "Requires", "Wanted", "LoadCredential")
+    here = {s: debian_values(debian.unit(s), skip) for s in OURS}
+    return here, {s: nix_values(nix.config(s), skip) for s in OURS}
+
+
+@row
+def returning(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    """How a service that died comes again, and when it is given up."""
+    keys = ("Restart", "RestartSec", "RestartSteps", "RestartMaxDelaySec")
+    limits = ("StartLimitIntervalSec", "StartLimitBurst")
+    expected = (["on-failure", "1s", "4", "16s"], ["1h", "60"])
     here = {
-        s: {
-            k: v if len(v) > 1 else v[-1]
-            for k, v in debian.unit(s).items()
-            if not k.startswith(skip)
-        }
-        for s in OURS
-    }
+        s.name: ([debian.unit(s.name).one(k) for k in keys],
+                 [debian.unit(s.name).one(k) for k in limits])
+        for s in plan.services
+    }  # fmt: skip
     there = {
-        s: {k: said(v) for k, v in nix.config(s).items() if not k.startswith(skip)} for s in OURS
-    }
-    return here, there
+        s.name: ([nix.config(s.name)[k] for k in keys],
+                 [nix.service(s.name)["unitConfig"][k] for k in limits])
+        for s in plan.services
+    }  # fmt: skip
+    units = nix.at("systemd.services")["rave-units"]["unitConfig"]
+    assert [units[k] for k in limits] == expected[1]
+    exporter = nix.config("node-exporter")["ProtectHome"]
+    assert debian.unit("node-exporter").one("ProtectHome") == exporter
+    return {s.name: expected for s in plan.services}, here, there
+
+
+@row
+def login_daemon(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    keys = (
+        "LockPersonality", "RestrictRealtime", "SystemCallArchitectures",
+        "RestrictAddressFamilies", "LimitCORE",
+    )  # fmt: skip
+    there = nix_values(nix.config("ssh"))
+    return [debian.unit("ssh").one(k) for k in keys], [there[k][0] for k in keys]
 
 
 @row
@@ -410,10 +449,15 @@ def sockets(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
 def launcher(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     """Root's side of an agent task, which the Plan has no row for: it runs when it is asked."""
     unit = Unit(debian.text("etc/systemd/system/rave-launcher@.service"))
-    here = {k: v[-1] for k, v in unit.items() if k != "ExecStart"}
     row = nix.at("systemd.services")["rave-launcher@"]
-    there = {k: str(v) for k, v in row["serviceConfig"].items() if k != "ExecStart"}
-    return here, {**there, **row["unitConfig"], "Description": row["description"]}
+    there = nix_values(row["serviceConfig"], ("ExecStart",))
+    there |= {k: [v] for k, v in row["unitConfig"].items()}
+    there |= {
+        "Description": [row["description"]],
+        "Requires": row["requires"],
+        "After": row["after"],
+    }
+    return debian_values(unit, ("Exec",)), there
 
 
 @row
@@ -538,8 +582,9 @@ def order(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     names["sops-install-secrets.service"] = "secrets"
     names |= {s.unit[e]: s.name for s in plan.services for e in EngineName}
 
+    # NixOS loads AppArmor's policy before it starts any service
     def ours(units: Iterable[str]) -> set[str]:
-        return {names.get(u, u) for u in units}
+        return {names.get(u, u) for u in units} - {"rave-apparmor.service"}
 
     here, there = {}, {}
     for s in plan.services:
@@ -759,29 +804,15 @@ def monitoring_is_local(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ..
 def counting_units(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     """mtail, rave-units and rave-bans, whose units are ours."""
     no = ("Exec", "Environment", "WantedBy", "After", "Description")
-
-    def said(value: Any) -> str:
-        return {"True": "yes", "False": "no"}.get(str(value), str(value))
-
     units = {
         "mtail": debian.unit("mtail"),
         "rave-units": Unit(debian.text("etc/systemd/system/rave-units.service")),
         "rave-bans": Unit(debian.text("etc/systemd/system/rave-bans.service")),
     }
-    here = {
-        name: {k: v[-1] for k, v in unit.items() if not k.startswith(no)}
-        for name, unit in units.items()
-    }
-    here["mtail"]["User"] = plan.service("mtail").user  # its package's
+    here = {name: debian_values(unit, no) for name, unit in units.items()}
+    here["mtail"]["User"] = [plan.service("mtail").user]  # its package's
     services = nix.at("systemd.services")
-    there = {
-        name: {
-            k: said(v[0] if isinstance(v, list) else v)
-            for k, v in services[name]["serviceConfig"].items()
-            if not k.startswith(no)
-        }
-        for name in units
-    }
+    there = {name: nix_values(services[name]["serviceConfig"], no) for name in units}
     wants = "etc/systemd/system/multi-user.target.wants"
     for name, unit in units.items():
         assert debian.tree.file(f"{wants}/{name}.service").target
@@ -800,7 +831,92 @@ def counting_units(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
 def kernel_settings(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     lines = debian.text("etc/sysctl.d/90-rave.conf").splitlines()
     here = dict(line.split(" = ") for line in lines if line and line[0] != "#")
-    return here, {k: str(v) for k, v in nix.at("boot.kernel.sysctl").items()}
+    assert here == plan.hardening.kernel("debian")
+    return plan.hardening.kernel("nix"), nix.at("boot.kernel.sysctl")
+
+
+@row
+def blocked_modules(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    text = debian.text("etc/modprobe.d/rave.conf")
+    for name in plan.hardening.blocked_modules:
+        assert f"\nblacklist {name}\ninstall {name} /bin/true\n" in text
+    return text, nix.at("boot.extraModprobeConfig")
+
+
+@row
+def confinement(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    """AppArmor's profiles, and who is held to which."""
+    text = debian.text("etc/apparmor.d/rave")
+    assert nix.at("security.apparmor.enable")
+    names = plan.hardening.profiles
+    assert [f"\nprofile {p} " in text for p in names.values()] == [True] * len(names)
+    here = {n: debian.unit(n).get("AppArmorProfile") for n in names}
+    there = {n: [nix.config(n)["AppArmorProfile"]] for n in names}
+    return (
+        (text, {n: [p] for n, p in names.items()}),
+        (text, here),
+        (nix.at("security.apparmor.policies.rave.profile"), there),
+    )
+
+
+@row
+def clock(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    folder = "etc/systemd/system"
+    unit = Unit(debian.text(f"{folder}/rave-clock.service"))
+    row = nix.at("systemd.services.rave-clock")
+    assert not nix.at("services.timesyncd.enable")
+    assert (unit["After"], row["after"]) == (["ssh.service"], ["sshd.service"])
+    assert debian.tree.file(f"{folder}/multi-user.target.wants/rave-clock.service").target
+    assert row["wantedBy"] == unit["WantedBy"]
+    assert [row["unitConfig"][k] for k in ("StartLimitIntervalSec", "StartLimitBurst")] == [
+        unit.one("StartLimitIntervalSec"), unit.one("StartLimitBurst"),
+    ]  # fmt: skip
+    skip = ("Exec", "After", "WantedBy", "Description")
+    assert row["description"] == unit.one("Description")
+    return debian_values(unit, skip), nix_values(row["serviceConfig"], skip)
+
+
+@row
+def setuid_programs(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    """On Debian the image has one; NixOS' wrappers lose theirs."""
+    wrappers = nix.at("security.wrappers")
+    assert plan.hardening.setuid["debian"] == ("/usr/bin/sudo",)
+    assert not {f"/run/wrappers/bin/{w}" for w in wrappers} & set(plan.hardening.setuid["nix"])
+    return {False}, {value["setuid"] for value in wrappers.values()}
+
+
+@row
+def agents_disk_and_slice(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    folder = "etc/systemd/system"
+    names = ("home-agent.mount", "agents.slice", "rave-agents-disk.service")
+    units = [Unit(debian.text(f"{folder}/{n}")) for n in names]
+    skip = ("Exec", "WantedBy", "After", "Before", "Description")
+    here = [debian_values(u, skip) for u in units]
+    here[0]["After"] = units[0]["After"][0].split()
+    here[0]["Requires"] = units[0]["Requires"][0].split()
+    (mount,) = nix.at("systemd.mounts")
+    disk = nix.at("systemd.services.rave-agents-disk")
+    there: list[dict[str, Any]] = [
+        {
+            "What": [mount["what"]], "Where": [mount["where"]], "Type": [mount["type"]],
+            "Options": [mount["options"]], "Requires": mount["requires"],
+            "Conflicts": mount["conflicts"], "After": mount["after"],
+            **nix_values(mount["unitConfig"]),
+        },
+        nix_values(nix.at("systemd.slices.agents.sliceConfig")),
+        {**nix_values(disk["serviceConfig"], skip), **nix_values(disk["unitConfig"])},
+    ]  # fmt: skip
+    said = [u.one("Description") for u in units]
+    assert said == [
+        mount["description"], nix.at("systemd.slices.agents.description"), disk["description"],
+    ]  # fmt: skip
+    order = [units[0]["Before"], units[2]["Before"], ["ssh.service"]]
+    assert order == [mount["before"], disk["before"], units[2]["After"]]
+    assert disk["after"] == ["sshd.service"]
+    assert debian.tree.file(f"{folder}/multi-user.target.wants/{names[0]}").target
+    assert mount["wantedBy"] == ["multi-user.target"]
+    assert here[1]["MemoryMax"] == [f"{plan.hardening.agents.memory_mb}M"]
+    return here, there
 
 
 @row
@@ -905,7 +1021,11 @@ def nginx_itself(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     blocks = nginx_blocks(debian.text("etc/nginx/nginx.conf"))
     here = lines_of(blocks) | lines_of(below(blocks, "events"))
     there = lines_of(nginx_blocks(options["appendConfig"] + options["eventsConfig"]))
-    there |= {f"user {options['user']}", f"error_log {options['logError']}", "pid /run/nginx.pid"}
+    there |= {
+        f"user {options['user']}",
+        f"error_log {options['logError']}",
+        "pid /run/rave-ingress/nginx.pid",
+    }
     return here, there
 
 
@@ -948,7 +1068,7 @@ def router(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
 def journal_manager_and_files(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     names = (
         "systemd/journald.conf.d/rave.conf", "systemd/system.conf.d/rave.conf",
-        "tmpfiles.d/rave.conf",
+        "systemd/system/user-.slice.d/rave.conf", "tmpfiles.d/rave.conf", "issue.net",
     )  # fmt: skip
     return [debian.text(f"etc/{n}") for n in names], [nix.etc(n) for n in names]
 
@@ -1056,7 +1176,7 @@ OWN = re.compile(
     r"sops\.(?!secrets|useTmpfs)|system\.|"
     r"systemd\.(coredump|network\.wait-online|services\.(serial-)?getty)|"
     r"systemd\.services\.sops-install-secrets\.|systemd\.tmpfiles\.|"
-    r"systemd\.services\.vibe-kanban\.path\.|"
+    r"systemd\.services\.(vibe-kanban|rave-agents-disk)\.path\.|"
     r"systemd\.services\..*\.(ExecStart|ExecStartPre|ExecReload|RuntimeDirectory\.0|postStart)|"
     r"services\.(resolved|postgresql\.(package|authentication|initdbArgs)|openssh\.openFirewall)|"
     r"services\.nginx\.virtualHosts\..*\.root$|"

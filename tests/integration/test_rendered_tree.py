@@ -353,7 +353,7 @@ NEW_KEX = ("mlkem768x25519-sha256", "sntrup761x25519-sha512")
 # settings that came with OpenSSH 9.8, and lines that it has of them
 NEW_SETTINGS = ("PerSourcePenalties",)
 # Keys of units that this host's systemd may be too old for: it ignores them, and says so.
-NEW_UNIT_KEYS = ("ImportCredential",)
+NEW_UNIT_KEYS = ("ImportCredential", "RestartSteps", "RestartMaxDelaySec")
 
 
 def as_known_to_this_host(tree: RenderedTree) -> RenderedTree:

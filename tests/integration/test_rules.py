@@ -44,6 +44,8 @@ MEMORY = "node_memory_MemTotal_bytes"
 FREE = "node_memory_MemAvailable_bytes"
 DISK = 'node_filesystem_size_bytes{mountpoint="/"}'
 LEFT = 'node_filesystem_avail_bytes{mountpoint="/"}'
+AGENTS_DISK = 'node_filesystem_size_bytes{mountpoint="/home/agent"}'
+AGENTS_LEFT = 'node_filesystem_avail_bytes{mountpoint="/home/agent"}'
 OK = 'rave_http_requests_total{route="kanban-host", status="200"}'
 BAD = 'rave_http_requests_total{route="kanban-host", status="502"}'
 REFUSED = 'rave_http_requests_total{route="router", status="401"}'
@@ -148,7 +150,18 @@ CASES = [
     ),
     Case(
         "DiskFilling", {DISK: "1000x30", LEFT: "190x30"}, "3m",
-        (({"mountpoint": "/"}, "81% of the disk is used"),), "15s",
+        (({"mountpoint": "/"}, "81% of the disk at / is used"),), "15s",
+    ),
+    Case(
+        "DiskFilling", {AGENTS_DISK: "100x30", AGENTS_LEFT: "0x30"},
+        "3m", (({"mountpoint": "/home/agent"}, "100% of the disk at /home/agent is used"),), "15s",
+    ),
+    Case(
+        "AgentForkBomb", {"rave_agents_denied_processes_total": "0x4 150x12"}, "3m",
+        (({}, "an agent task went on starting processes beyond what it may have"),), "15s",
+    ),
+    Case(
+        "AgentForkBomb", {"rave_agents_denied_processes_total": "0x4 30x12"}, "3m", (), "15s",
     ),
     Case("DiskFilling", {DISK: "1000x30", LEFT: "210x30"}, "3m", (), "15s"),
     *(

@@ -64,7 +64,7 @@ def test_shipped_profiles_leave_room_for_the_system(name: str) -> None:
     assert sum(s.memory_mb for s in p.services.values()) <= p.machine.memory_mb - RESERVED_MB
     # what a person needs to get in and to keep data goes last
     by_sacrifice = sorted(p.services, key=lambda s: p.services[s].oom_score_adjust)
-    assert by_sacrifice[:2] == ["ssh", "postgresql"]
+    assert by_sacrifice[:2] == ["postgresql", "ssh"]
 
 
 # --- which one ---------------------------------------------------------------------------------

@@ -56,8 +56,9 @@ EXPLANATIONS: Final[Mapping[str, Explanation]] = {
         "ravectl ssh -- systemd-analyze critical-chain UNIT; look at the host's load",
     ),
     "S4": Explanation(
-        "the machine's memory is the Plan's, and the kernel holds each unit to its limits "
-        "(read from its cgroup)",
+        "the machine's memory is the Plan's, and the kernel holds each unit to its limits of "
+        "memory, processors, their weight and tasks (read from its cgroup); its OOM score is "
+        "the Plan's",
         "one service, or an agent's task, that takes the memory or processors of all others",
         "systemd's properties and memory.max, cpu.max and pids.max of each unit's control group",
         "a limit was changed at run time, or systemd could not put it into force",
@@ -208,5 +209,46 @@ EXPLANATIONS: Final[Mapping[str, Explanation]] = {
         "who guesses is not slowed down, or whoever may come in is kept out with him",
         "ravectl logs ssh; see docs/adr/0010-failed-logins.md, then ravectl build and ravectl"
         " up",
+    ),
+    "S5": Explanation(
+        "each service whose process is killed (SIGKILL) runs again and answers in less than 30 "
+        "s. Disruptive: only with `--disruptive` or `--check S5`",
+        "a service that stays down after a crash until somebody looks",
+        "each service's main process is killed; how long until another runs and answers is "
+        "measured",
+        "the unit's restart rules are not the Plan's, or the service cannot start on what it "
+        "left behind",
+        "ravectl logs UNIT; docs/runbooks/ServiceDown.md",
+    ),
+    "D1": Explanation(
+        "PostgreSQL wrote a row, flushed the commit to its log and gave it back to another "
+        "session; `fsync`, `full_page_writes`, `synchronous_commit` and checksums are on, no "
+        "block was found damaged",
+        "a commit that a loss of power takes away, or damage on the disk that nobody sees",
+        "a row is inserted by one session and read by another; the log's flushed position; "
+        "settings and checksum failures by PostgreSQL's own views",
+        "PostgreSQL does not wait for the disk, cannot be written, or has found a damaged block",
+        "ravectl logs postgresql; docs/runbooks/DatabaseCorrupt.md",
+    ),
+    "X5": Explanation(
+        "the kernel's settings, the blocked modules and the mount options are the Plan's; no "
+        "program is setuid or setgid but those that it names, looked for wherever the bit would"
+        " be honoured; AppArmor enforces the profile of each service that is reached through "
+        "the ingress",
+        "a program that got a foothold and reaches for the kernel or another's rights",
+        "/proc/sys, /proc/modules, modprobe's configuration, mountinfo, a search for setuid "
+        "files where the bit counts, AppArmor's label of each confined service",
+        "the setting, module, mount or program that is named is not what the Plan says",
+        "ravectl build, then ravectl reset and ravectl up; undo a change by hand where it was "
+        "made",
+    ),
+    "X6": Explanation(
+        "what `systemd-analyze security` says of each unit is at most its limit in the Plan: "
+        "2.0 for ours, 4.0 for others, 9.0 for sshd ([why](hardening.md#units))",
+        "a service that, once taken over, can do more to the machine than its work needs",
+        "systemd-analyze security of each unit that has a limit in the Plan",
+        "the sandbox of the unit that is named is weaker than it was designed",
+        "ravectl exec -- systemd-analyze security UNIT; systemctl revert UNIT for a change by "
+        "hand",
     ),
 }  # fmt: skip

@@ -30,7 +30,7 @@ MIB = 2**20
 PROPERTIES = (
     "Id", "Names", "LoadState", "ActiveState", "SubState", "Result", "NRestarts",
     "ActiveEnterTimestampMonotonic", "ControlGroup", "MemoryMax", "CPUQuotaPerSecUSec",
-    "OOMScoreAdjust", "TasksMax",
+    "OOMScoreAdjust", "TasksMax", "CPUWeight",
 )  # fmt: skip
 
 # A systemctl costs 0.25 s under TCG, so one is run only for what it may have to say. A boot
@@ -58,11 +58,12 @@ finish=${manager##*FinishTimestampMonotonic=} finish=${finish%%%%[!0-9]*} matche
 while IFS= read -r line; do
   case $line in
     ControlGroup=/*)
-      group=${line#ControlGroup=} memory= cpu= pids=
+      group=${line#ControlGroup=} memory= cpu= pids= weight=
       IFS= read -r memory <"/sys/fs/cgroup$group/memory.max"
       IFS= read -r cpu <"/sys/fs/cgroup$group/cpu.max"
       IFS= read -r pids <"/sys/fs/cgroup$group/pids.max"
-      printf '%%s|%%s|%%s|%%s\n' "$group" "$memory" "$cpu" "$pids" ;;
+      IFS= read -r weight <"/sys/fs/cgroup$group/cpu.weight"
+      printf '%%s|%%s|%%s|%%s|%%s\n' "$group" "$memory" "$cpu" "$pids" "$weight" ;;
     Id=*) id=${line#Id=} ;;
     ActiveEnterTimestampMonotonic=*) enter=${line#*=} ;;
   esac
@@ -335,6 +336,7 @@ def limit_faults(limits: Limits, block: Mapping[str, str]) -> list[str]:
         ("CPUQuota", f"{limits.cpu_percent}%", None if quota is None else f"{quota / 1e4:g}%"),
         ("OOMScoreAdjust", f"{limits.oom_score_adjust}", block.get("OOMScoreAdjust")),
         ("TasksMax", f"{limits.tasks}", block.get("TasksMax")),
+        ("CPUWeight", f"{limits.cpu_weight}", block.get("CPUWeight")),
     )
     return [
         f"{name} is {seen or 'not set'}, not {wanted}"
@@ -343,16 +345,16 @@ def limit_faults(limits: Limits, block: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _cgroups(text: str) -> dict[str, tuple[str, str, str]]:
+def _cgroups(text: str) -> dict[str, tuple[str, str, str, str]]:
     rows = [line.split("|") for line in text.splitlines()]
-    return {r[0]: (r[1], r[2], r[3]) for r in rows if len(r) == 4}
+    return {r[0]: (r[1], r[2], r[3], r[4]) for r in rows if len(r) == 5}
 
 
-def force_faults(limits: Limits, row: tuple[str, str, str] | None) -> list[str]:
+def force_faults(limits: Limits, row: tuple[str, str, str, str] | None) -> list[str]:
     """Where the kernel's control group differs from the Plan: a limit systemd could not set."""
     if row is None:
         return ["the kernel does not show its control group"]
-    memory, cpu, pids = row
+    memory, cpu, pids, weight = row
     faults = []
     if guest.number(memory) != limits.memory_mb * MIB:
         faults.append(f"the kernel's memory.max is {memory or 'missing'}")
@@ -362,6 +364,8 @@ def force_faults(limits: Limits, row: tuple[str, str, str] | None) -> list[str]:
         faults.append(f"the kernel's cpu.max is {cpu or 'missing'}")
     if guest.number(pids) != limits.tasks:
         faults.append(f"the kernel's pids.max is {pids or 'missing'}")
+    if guest.number(weight) != limits.cpu_weight:
+        faults.append(f"the kernel's cpu.weight is {weight or 'missing'}")
     return faults
 
 

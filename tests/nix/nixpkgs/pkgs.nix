@@ -38,6 +38,7 @@ let
     "claude-code-router"
     "coreutils"
     "curl"
+    "e2fsprogs"
     "findutils"
     "git"
     "grafana"
@@ -52,6 +53,7 @@ let
     "qemu-utils"
     "shadow"
     "sops"
+    "util-linux"
     "vibe-kanban"
     "yq-go"
   ] package;

@@ -23,8 +23,11 @@ from pathlib import Path
 
 from rave_dispatcher.adapters.runners import frames
 from rave_dispatcher.adapters.runners.unit import (
+    DENIED_MOST,
+    SLICE,
     STOP_SECONDS,
     Order,
+    denied_processes,
     is_over,
     parse_show,
     show_argv,
@@ -36,6 +39,7 @@ from rave_dispatcher.domain.rules import MAX_PROMPT
 from rave_dispatcher.domain.tasks import Outcome, Usage
 
 RUN = Path("/run/rave-launcher")
+CGROUPS = Path("/sys/fs/cgroup")
 HEAD_MOST = 4096
 ORDER_SECONDS = 10.0
 SLOW_SECONDS = 120.0  # a dispatcher that takes no output for so long is stuck
@@ -221,6 +225,17 @@ def _follow(connection: socket.socket, fifo: int, unit: str) -> dict[str, str]:
             if is_over(shown):
                 _pass_on(connection, fifo)
                 return shown
+            if _is_fork_bomb(unit):
+                _pass_on(connection, fifo)
+                return {**shown, "Result": "fork-bomb"}
+
+
+def _is_fork_bomb(unit: str) -> bool:
+    try:
+        events = (CGROUPS / SLICE / unit / "pids.events").read_text()
+    except OSError:  # it has just ended, or the kernel does not count
+        return False
+    return denied_processes(events) > DENIED_MOST
 
 
 def _still_there(connection: socket.socket) -> bool:

@@ -14,6 +14,10 @@ _ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-0[01]")
 STOP_SECONDS = 5
 SECRETS = "/run/secrets"
+SLICE = "agents.slice"  # what holds all tasks together
+# A program that is refused a process now and then waits or gives up; one that asks a hundred times
+# more is a fork bomb, or as good as one.
+DENIED_MOST = 100
 
 SANDBOX = (
     "NoNewPrivileges=yes",
@@ -85,7 +89,7 @@ def systemd_run_argv(
     }  # fmt: skip
     network = () if agent.network else ("IPAddressDeny=any", "IPAddressAllow=localhost")
     properties = (
-        "Type=exec", "RemainAfterExit=yes", "CollectMode=inactive",
+        "Type=exec", "RemainAfterExit=yes", "CollectMode=inactive", f"Slice={SLICE}",
         f"User={user}", f"WorkingDirectory={workdir}", f"BindPaths={workdir}",
         f"StandardInput=file:{prompt}", f"StandardOutput=file:{output}", "StandardError=inherit",
         f"MemoryMax={agent.memory_mb}M", "MemorySwapMax=0", f"CPUQuota={agent.cpu_percent}%",
@@ -128,9 +132,16 @@ def is_over(shown: Mapping[str, str]) -> bool:
     )  # fmt: skip
 
 
+def denied_processes(events: str) -> int:
+    """How often a cgroup was refused a process: what its pids.events says."""
+    rows = (line.split() for line in events.splitlines())
+    return next((int(r[1]) for r in rows if len(r) == 2 and r[0] == "max" and r[1].isdigit()), 0)
+
+
 _RESULTS = {
     "timeout": (Outcome.TIMED_OUT, "it took longer than it may"),
     "oom-kill": (Outcome.OUT_OF_MEMORY, "it needed more memory than it may use"),
+    "fork-bomb": (Outcome.ERROR, "it went on starting processes beyond what it may have"),
 }
 
 

@@ -1,0 +1,211 @@
+"""Checks of the suite `security`: what the kernel, the mounts and each unit's sandbox deny."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+
+from ravectl.model import Suite
+from ravectl.verify import guest
+from ravectl.verify.framework import (
+    Check,
+    Judgement,
+    Probe,
+    Subject,
+    VerifyTarget,
+    judged,
+    unreadable,
+)
+
+_WRAPPERS = re.compile(r"^/run/wrappers/wrappers\.\w+/")  # where NixOS' link `bin` leads
+_REBUILD = "the machine is not what its Plan says: ravectl build, then ravectl reset"
+
+# Settings by built-ins: sysctl would be a process for each. Programs that give others' rights are
+# looked for where such a right would be honoured, and nowhere else.
+KERNEL_SCRIPT = """\
+echo '== sysctls =='
+for key in %(keys)s; do
+  value=
+  IFS= read -r value <"/proc/sys/${key//.//}" && printf '%%s = %%s\\n' "$key" "$value"
+done 2>/dev/null
+echo '== loaded =='
+printf '%%s\\n' "$(</proc/modules)"
+echo '== blocked =='
+modprobe --showconfig 2>/dev/null | grep -E '^install '
+echo '== mounts =='
+printf '%%s\\n' "$(</proc/self/mountinfo)"
+echo '== setuid =='
+places=()
+while read -r _ _ _ _ place options _; do
+  [[ ,$options, == *,nosuid,* ]] || places+=("$place")
+done </proc/self/mountinfo
+find "${places[@]}" -xdev -type f -perm /6000 2>&1
+echo '== searched =='
+printf '%%s\\n' "${places[@]}"
+echo '== confined =='
+for unit in %(confined)s; do
+  pid= profile=
+  IFS= read -r pid <"/sys/fs/cgroup/system.slice/$unit/cgroup.procs"
+  IFS= read -r profile <"/proc/$pid/attr/apparmor/current"
+  echo "$unit $profile"
+done 2>/dev/null
+"""
+
+
+def kernel_script(subject: Subject) -> str:
+    """The script that shows the kernel's settings, what is mounted how, and setuid programs."""
+    keys = subject.plan.hardening.kernel(subject.engine)
+    confined = shlex.join(subject.units()[name] for name in subject.plan.hardening.profiles)
+    return KERNEL_SCRIPT % {"keys": shlex.join(keys), "confined": confined}
+
+
+def _collect_kernel(target: VerifyTarget, deadline: float) -> str:
+    return guest.run_script(target, kernel_script(target.subject), deadline, root=True)
+
+
+KERNEL = Probe("kernel", _collect_kernel, 45.0)
+
+
+def judge_kernel(subject: Subject, output: str) -> Judgement:
+    """Kernel settings, module blocklist, mount options and setuid programs are the Plan's."""
+    wanted = subject.plan.hardening
+    settings = wanted.kernel(subject.engine)
+    setuid = wanted.setuid[subject.engine]
+    expected = (
+        f"{len(settings)} kernel settings and {len(wanted.mounts)} mounts as planned, "
+        f"{len(wanted.blocked_modules)} modules blocked, setuid only {', '.join(setuid)}"
+    )
+    parts = guest.sections(output) or {}
+    if (
+        not {"sysctls", "loaded", "blocked", "mounts", "setuid", "searched", "confined"}
+        <= parts.keys()
+    ):
+        return unreadable(expected, "the answer about the kernel is incomplete")
+    mounts = _mount_options(parts["mounts"])
+    if "/" not in mounts or "/" not in parts["searched"].splitlines():
+        return unreadable(expected, "the machine does not say what is mounted")
+    faults = sysctl_faults(settings, parts["sysctls"])
+    faults += _module_faults(wanted.blocked_modules, parts["loaded"], parts["blocked"])
+    faults += mount_faults(wanted.mounts, mounts)
+    faults += [
+        f"{line} is setuid or setgid" if line.startswith("/") else line
+        for line in parts["setuid"].splitlines()
+        if _WRAPPERS.sub("/run/wrappers/bin/", line) not in setuid
+    ]
+    enforced = dict(line.partition(" ")[::2] for line in parts["confined"].splitlines())
+    for name, profile in wanted.profiles.items():
+        unit = subject.units()[name]
+        if enforced.get(unit) != f"{profile} (enforce)":
+            found = enforced.get(unit) or "nothing"
+            faults.append(f"{unit} is held to {found}, not to AppArmor's {profile}")
+    return judged(expected, "all as planned", faults, _REBUILD)
+
+
+def sysctl_faults(settings: Mapping[str, str], text: str) -> list[str]:
+    """Where the kernel's settings, as `key = value` lines, are others than wanted."""
+    rows = (line.partition(" = ") for line in text.splitlines())
+    seen = {key: " ".join(value.split()) for key, _, value in rows}
+    return [
+        f"{key} is {seen.get(key, 'not there')}, not {value}"
+        for key, value in settings.items()
+        if seen.get(key) != value
+    ]
+
+
+def _module_faults(blocked: Iterable[str], loaded: str, config: str) -> list[str]:
+    # the kernel and modprobe take - and _ for the same
+    names = {line.split()[0] for line in loaded.splitlines() if line.strip()}
+    denied = {
+        m[1].replace("-", "_") for m in re.finditer(r"^install (\S+) \S*true\s*$", config, re.M)
+    }
+    faults = []
+    for module in blocked:
+        name = module.replace("-", "_")
+        if name in names:
+            faults.append(f"module {module} is loaded")
+        if name not in denied:
+            faults.append(f"module {module} may be loaded")
+    return faults
+
+
+def _mount_options(mountinfo: str) -> dict[str, frozenset[str]]:
+    """Options by mount point; of several at one, those of the last, which hides the others."""
+    rows = (line.split() for line in mountinfo.splitlines())
+    return {r[4]: frozenset(r[5].split(",")) for r in rows if len(r) > 6}
+
+
+def mount_faults(
+    wanted: Mapping[str, tuple[str, ...]], mounts: Mapping[str, frozenset[str]]
+) -> list[str]:
+    """Which mount points are none, or lack an option."""
+    faults = []
+    for place, options in wanted.items():
+        if place not in mounts:
+            faults.append(f"{place} is no mount of its own")
+        elif missing := [o for o in options if o not in mounts[place]]:
+            faults.append(f"{place} is mounted without {', '.join(missing)}")
+    return faults
+
+
+# --- X6 --------------------------------------------------------------------------------------
+
+# All at once, and only units that have a limit: of every unit there is it takes three times as long
+# under TCG. The last line of each unit's table has the sum.
+EXPOSURE_SCRIPT = """\
+echo '== exposures =='
+systemd-analyze security --no-pager %(units)s 2>&1 | grep 'Overall exposure level'
+"""
+
+
+def exposure_script(subject: Subject) -> str:
+    """The script that asks for the exposure of each unit that has a limit."""
+    return EXPOSURE_SCRIPT % {"units": shlex.join(exposure_limits(subject))}
+
+
+def _collect_exposures(target: VerifyTarget, deadline: float) -> str:
+    return guest.run_script(target, exposure_script(target.subject), deadline)
+
+
+EXPOSURES = Probe("exposures", _collect_exposures, 45.0)
+
+
+def exposure_limits(subject: Subject) -> dict[str, float]:
+    """The limit of each unit that has one, by the unit's name."""
+    limits = {subject.units()[s.name]: s.exposure for s in subject.plan.services}
+    return limits | subject.plan.hardening.exposures[subject.engine]
+
+
+def judge_exposures(subject: Subject, output: str) -> Judgement:
+    """No unit's exposure, as systemd-analyze reckons it, is over its limit of the Plan."""
+    limits = exposure_limits(subject)
+    expected = f"the exposure of {len(limits)} units at most what the Plan says of each"
+    text = (guest.sections(output) or {}).get("exposures", "")
+    # of a template it makes an instance for the purpose
+    rows = re.findall(r"exposure level for (\S+): ([\d.]+)", text)
+    seen = {re.sub(r"@test.instance\.", "@.", unit): float(level) for unit, level in rows}
+    if missing := [unit for unit in limits if unit not in seen]:
+        return unreadable(expected, f"systemd-analyze said nothing of {', '.join(missing)}")
+    faults = [
+        f"{unit} is exposed by {seen[unit]:g}, {limit:g} are allowed"
+        for unit, limit in limits.items()
+        if seen[unit] > limit
+    ]
+    spread = ", ".join(
+        f"{unit} {seen[unit]:g}" for unit in sorted(limits, key=lambda u: -seen[u])[:3]
+    )
+    culprit = faults[0].split()[0] if faults else ""
+    return judged(
+        expected,
+        f"all within their limits; the most are {spread}",
+        faults,
+        f"see what it is not denied: ravectl exec -- systemd-analyze security {culprit}",
+    )
+
+
+CHECKS = (
+    Check("X5", Suite.SECURITY, "the kernel and the mounts deny what they should", KERNEL,
+          judge_kernel),
+    Check("X6", Suite.SECURITY, "no unit is exposed more than it may be", EXPOSURES,
+          judge_exposures),
+)  # fmt: skip
