@@ -1,0 +1,326 @@
+"""Each check of `verify` is broken on the real machine, and exactly the checks that should fail do.
+
+A mutation is one way in which a machine goes wrong. Verifying once for each takes too long, so
+several are made at once, by a code: a mutation is made in two of the ROUNDS, no two mutations in
+the same two. Should one of them make a check fail that is not its own, there is a round in which
+it is made and whatever else that check may fail for is not: the round shows it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from ravectl.verify.checks import CHECKS
+from tests.conftest import Tool
+
+pytestmark = pytest.mark.vm
+
+NGINX, SSHD = "/etc/nginx/nginx.conf", "/etc/ssh/sshd_config"
+DISPATCHER = "/etc/rave/dispatcher.yaml"
+PROMETHEUS, ALERTS = "/etc/prometheus/prometheus.yml", "/etc/prometheus/alerts.yml"
+STORE = "/var/lib/rave-dispatcher/events.db"
+SLOW = {"H4"}  # half of a verification's time; asked where it should fail, and at the end
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One way to go wrong. `do` and `undo` are Bash, run by root in the machine."""
+
+    name: str
+    fails: str  # the checks that should fail, separated by spaces
+    says: str  # a pattern of what one of them says of it
+    do: str
+    undo: str
+
+
+def edit(path: str, old: str, new: str, then: str) -> tuple[str, str]:
+    """Scripts that change a text in a file, which must be there, and change it back."""
+
+    def script(a: str, b: str) -> str:
+        return f"grep -qF '{a}' {path} && sed -i 's|{a}|{b}|' {path} && {then}"
+
+    return script(old, new), script(new, old)
+
+
+def store(lines: str) -> str:
+    opened = f"import sqlite3\ns = sqlite3.connect('{STORE}')\n"
+    return f"/usr/bin/python3 - <<'E'\n{opened}{lines}s.commit()\nE"
+
+
+def setting(unit: str, lines: str) -> tuple[str, str]:
+    """Scripts that give a unit a drop-in and take it away."""
+    folder = f"/run/systemd/system/{unit}.d"
+    made = f"mkdir -p {folder} && printf '[Service]\\n{lines}\\n' >{folder}/mutation.conf"
+    reload = "systemctl daemon-reload"
+    return f"{made} && {reload}", f"rm -r {folder} && {reload}"
+
+
+RELOAD_NGINX = "nginx -tq && systemctl reload nginx"
+RESTART = "systemctl restart rave-dispatcher"
+RELOAD_RULES = "systemctl reload prometheus"
+RELOAD_SSHD = "systemctl reload ssh"
+# Prometheus looks at most every 15 s at itself, at others every 10 s
+TARGET_DOWN = """\
+for ((i = 0; i < 60; i++)); do
+  { exec {c}<>/dev/tcp/127.0.0.1/9090; } 2>/dev/null || exit 1
+  printf 'GET /api/v1/query?query=up{job="%s"} HTTP/1.0\\r\\n\\r\\n' JOB >&"$c"
+  [[ $(cat <&"$c") == *',"0"]'* ]] && exit
+  sleep 0.5
+done
+exit 1"""
+
+MUTATIONS = (
+    Mutation(
+        "a unit has failed", "S1", "rave-mutation-failed",
+        "systemd-run -q --unit=rave-mutation-failed -p Type=oneshot false; true",
+        "systemctl reset-failed rave-mutation-failed",
+    ),
+    Mutation(
+        "a service is stopped", "S2 O1", "prometheus-pushgateway.service is inactive",
+        f"systemctl stop prometheus-pushgateway\n{TARGET_DOWN.replace('JOB', 'pushgateway')}",
+        f"systemctl start prometheus-pushgateway\n"
+        f"""{TARGET_DOWN.replace('JOB', 'pushgateway').replace(',"0"]', ',"1"]')}""",
+    ),
+    Mutation(
+        "a limit of memory is raised", "S4", "prometheus-node-exporter.service",
+        "systemctl set-property --runtime prometheus-node-exporter MemoryMax=infinity",
+        "rm -r /run/systemd/system.control/prometheus-node-exporter.service.d\n"
+        "systemctl daemon-reload",
+    ),
+    Mutation(
+        "a route leads nowhere", "H1", "kanban.*502",
+        *edit(NGINX, "server 127.0.0.1:3000;", "server 127.0.0.1:3999;", RELOAD_NGINX),
+    ),
+    Mutation(
+        "a page asks for no password", "H2", "console .*no credentials",
+        *edit(NGINX, "location = / {", "location = / { auth_basic off;", RELOAD_NGINX),
+    ),
+    Mutation(
+        "TLS 1.2 is on", "H3", "TLS ?v?1.2",
+        *edit(NGINX, "ssl_protocols TLSv1.3;", "ssl_protocols TLSv1.2 TLSv1.3;", RELOAD_NGINX),
+    ),
+    Mutation(
+        "versions are told", "H3", "nginx/1",
+        *edit(NGINX, "server_tokens off;", "server_tokens on;", RELOAD_NGINX),
+    ),
+    Mutation(
+        "the ingress halts again and again", "H4", "ms",
+        "systemd-run -q --unit=rave-mutation-halts bash -c '"
+        "while sleep 0.6; do pkill -STOP -x nginx; sleep 0.4; pkill -CONT -x nginx; done'",
+        "systemctl stop rave-mutation-halts; pkill -CONT -x nginx; true",
+    ),
+    Mutation(
+        "tasks end in failure", "H5", "failed",
+        *edit(DISPATCHER, "command: [/usr/bin/env, tee, TASK.md]", "command: [/bin/false]",
+              RESTART),
+    ),
+    Mutation(
+        "webhooks may be larger", "H6", "too large",
+        *edit(DISPATCHER, "body_bytes: 1048576", "body_bytes: 9048576", RESTART),
+    ),
+    Mutation(
+        "PostgreSQL does not wait for the disk", "D1", "fsync is off",
+        "sudo -u postgres psql -qc 'alter system set fsync = off' -c 'select pg_reload_conf()'",
+        "sudo -u postgres psql -qc 'alter system reset fsync' -c 'select pg_reload_conf()'",
+    ),
+    Mutation(
+        "an index of the event store lacks a row", "D2", "metrics_timestamp",
+        store(
+            "s.execute('pragma writable_schema = 1')\n"
+            "row = s.execute(\"select * from sqlite_schema where name = 'metrics_timestamp'\")\n"
+            "row = row.fetchone()\n"
+            "s.execute(\"delete from sqlite_schema where name = 'metrics_timestamp'\")\n"
+            "s.commit()\n"
+            "t = sqlite3.connect(s.execute('pragma database_list').fetchone()[2])\n"
+            "t.execute(\"insert into metrics values (null, 'mutation', 1, 1, '{}', null)\")\n"
+            "t.commit()\n"
+            "s.execute('insert into sqlite_schema values (?, ?, ?, ?, ?)', row)\n"
+        ),
+        store(
+            "s.execute('reindex metrics_timestamp')\n"
+            "s.execute(\"delete from metrics where name = 'mutation'\")\n"
+        ),
+    ),
+    Mutation(
+        "events are kept for longer", "D5", "70",
+        *edit(DISPATCHER, "retention_days: 7", "retention_days: 70", RESTART),
+    ),
+    Mutation(
+        "a secret is another", "D6", "postgres/exporter-password",
+        "echo >>/run/secrets/postgres/exporter-password",
+        "truncate --size=-1 /run/secrets/postgres/exporter-password",
+    ),
+    Mutation(
+        "SSH takes passwords", "X1", "(?i)passwordauthentication",
+        *edit(SSHD, "PasswordAuthentication no", "PasswordAuthentication yes", RELOAD_SSHD),
+    ),
+    Mutation(
+        "root may sign in", "X1", "(?i)permitrootlogin",
+        *edit(SSHD, "PermitRootLogin no", "PermitRootLogin yes", RELOAD_SSHD),
+    ),
+    Mutation(
+        "a port is open", "X2", "8888",
+        "systemd-run -q --unit=rave-mutation-port --socket-property=ListenStream=8888 "
+        "--socket-property=Accept=yes cat",
+        "systemctl stop rave-mutation-port.socket",
+    ),
+    Mutation(
+        "the firewall lets all in", "X2", "drop",
+        "nft chain inet rave input '{ policy accept; }'",
+        "nft chain inet rave input '{ policy drop; }'",
+    ),
+    Mutation(
+        "a secret is in a unit's environment", "X4", "a value is seen in",
+        "systemd-run -q --unit=rave-mutation-leak "
+        '--setenv=TOKEN="$(cat /run/secrets/dispatcher/api-token)" sleep 3600',
+        "systemctl stop rave-mutation-leak",
+    ),
+    Mutation(
+        "a secret may be read by all", "X4", "dispatcher/github-secret",
+        "chmod 444 /run/secrets/dispatcher/github-secret",
+        "chmod 400 /run/secrets/dispatcher/github-secret",
+    ),
+    Mutation(
+        "the kernel's messages are for all", "X5", "kernel.dmesg_restrict is 0",
+        "sysctl -qw kernel.dmesg_restrict=0", "sysctl -qw kernel.dmesg_restrict=1",
+    ),
+    Mutation(
+        "a program is setuid", "X5", "/usr/bin/true is setuid",
+        "chmod u+s /usr/bin/true", "chmod u-s /usr/bin/true",
+    ),
+    Mutation(
+        "programs run from a common folder", "X5", "/dev/shm is mounted without noexec",
+        "mount -o remount,exec /dev/shm", "mount -o remount,noexec /dev/shm",
+    ),
+    Mutation(
+        "a unit's sandbox is open", "X6", "vibe-kanban.service is exposed",
+        *setting("vibe-kanban.service",
+                 "ProtectSystem=no\\nPrivateDevices=no\\nRestrictNamespaces=no"),
+    ),
+    Mutation(
+        "a target is not collected", "O1", "mtail",
+        *edit(PROMETHEUS, "job_name: requests", "job_name: mutation", RELOAD_RULES),
+    ),
+    Mutation(
+        "an alert is not there", "O2", "DiskFilling",
+        *edit(ALERTS, "alert: DiskFilling", "alert: Mutation", RELOAD_RULES),
+    ),
+    Mutation(
+        "traces lack a part", "O4", "trace",
+        store(
+            "s.execute(\"create table mutation as select * from spans where name = 'event'\")\n"
+            "s.execute(\"delete from spans where name = 'event'\")\n"
+        ),
+        store(
+            "s.execute('insert or ignore into spans select * from mutation')\n"
+            "s.execute('drop table mutation')\n"
+        ),
+    ),
+)  # fmt: skip
+
+# Disruptive checks, which are run alone
+DISRUPTIVE = (
+    Mutation(
+        "a service that died stays so", "S5", "blackbox-exporter",
+        *setting("prometheus-blackbox-exporter.service", "Restart=no"),
+    ),
+    Mutation(
+        "alerts are told late", "O3", "",
+        *edit("/etc/prometheus/alertmanager.yml", "group_wait: 2s", "group_wait: 5m",
+              "systemctl reload prometheus-alertmanager"),
+    ),
+    Mutation(
+        "who fails to sign in is let try again", "X3", "",
+        *edit(SSHD, "PerSourcePenalties authfail:15s", "PerSourcePenalties authfail:0s",
+              RELOAD_SSHD),
+    ),
+)  # fmt: skip
+
+LATE = Mutation(
+    "a unit is late", "S3", "prometheus-pushgateway.service",
+    "mkdir -p /etc/systemd/system/prometheus-pushgateway.service.d\n"
+    "printf '[Service]\\nExecStartPre=+/bin/sleep 58\\n'"
+    " >/etc/systemd/system/prometheus-pushgateway.service.d/mutation.conf",
+    "rm /etc/systemd/system/prometheus-pushgateway.service.d/mutation.conf\n"
+    "systemctl daemon-reload",
+)  # fmt: skip
+
+ROUNDS = 8
+CODES = tuple(zip(MUTATIONS, itertools.combinations(range(ROUNDS), 2), strict=False))
+
+
+def root(tool: Tool, script: str) -> None:
+    tool("exec", "--", "sudo", "bash", "-s", stdin=script)
+
+
+@contextlib.contextmanager
+def mutated(tool: Tool, *mutations: Mutation) -> Iterator[None]:
+    with contextlib.ExitStack() as undoing:
+        for mutation in mutations:
+            undoing.callback(root, tool, mutation.undo)
+            root(tool, mutation.do)
+        yield
+
+
+def not_passed(tool: Tool, ids: set[str]) -> dict[str, dict[str, Any]]:
+    """The results of those of the checks that did not pass, by their ids."""
+    words = [w for id_ in sorted(ids) for w in ("--check", id_)]
+    report = json.loads(tool("verify", "--json", *words, code=None).stdout)
+    assert {r["id"] for r in report["results"]} == ids
+    return {r["id"]: r for r in report["results"] if r["outcome"] != "passed"}
+
+
+def holds(mutations: tuple[Mutation, ...], found: dict[str, dict[str, Any]]) -> None:
+    """What did not pass is exactly what the mutations fail, and each of these is named."""
+    wanted = {id_ for m in mutations for id_ in m.fails.split()}
+    said = {id_: (r["outcome"], r["seen"]) for id_, r in found.items()}
+    assert set(found) == wanted, said
+    assert {r["outcome"] for r in found.values()} == {"failed"}, said
+    for m in mutations:
+        assert any(re.search(m.says, found[id_]["seen"]) for id_ in m.fails.split()), (m.name, said)
+
+
+def test_each_check_has_its_mutation() -> None:
+    every = (*MUTATIONS, *DISRUPTIVE, LATE)
+    assert {id_ for m in every for id_ in m.fails.split()} == {c.id for c in CHECKS}
+    assert {m for m, _ in CODES} == set(MUTATIONS)
+    assert {c.id for c in CHECKS if c.disruptive} == {m.fails for m in DISRUPTIVE}
+
+
+@pytest.mark.parametrize("number", range(ROUNDS))
+def test_exactly_the_checks_that_should_fail_do(machine: Tool, number: int) -> None:
+    machine("up", "--safe")
+    made = tuple(m for m, rounds in CODES if number in rounds)
+    wanted = {id_ for m in made for id_ in m.fails.split()}
+    asked = {c.id for c in CHECKS if not c.disruptive and (c.id not in SLOW or c.id in wanted)}
+    with mutated(machine, *made):
+        found = not_passed(machine, asked)
+    holds(made, found)
+
+
+def test_disruptive_checks(machine: Tool) -> None:
+    machine("up", "--safe")
+    with mutated(machine, *DISRUPTIVE):
+        found = not_passed(machine, {c.id for c in CHECKS if c.disruptive})
+    holds(DISRUPTIVE, found)
+
+
+def test_a_unit_that_is_late(machine: Tool) -> None:
+    machine("up", "--safe")
+    with mutated(machine, LATE):
+        machine("down")
+        machine("up")
+        found = not_passed(machine, {c.id for c in CHECKS if not c.disruptive} - SLOW)
+    holds((LATE,), found)
+
+
+def test_all_of_it_is_undone(machine: Tool) -> None:
+    assert not_passed(machine, {c.id for c in CHECKS if not c.disruptive}) == {}
