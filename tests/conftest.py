@@ -103,6 +103,13 @@ class Tool:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def usual_signals() -> None:
+    """What ignores signals for itself (nohup, a shell's `&`) does so for all that it starts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True, scope="session")
 def own_age_key(tmp_path_factory: pytest.TempPathFactory) -> None:
     """No test sees or changes the age keys of whoever runs it."""
     os.environ["XDG_CONFIG_HOME"] = str(tmp_path_factory.mktemp("config"))

@@ -249,8 +249,8 @@ class Instance:
         return "\n".join(clean[max(0, at - 8) : at + 4])
 
     def console_has(self, text: str) -> bool:
-        """Whether its console said `text` since the last start."""
-        return text in _read_end(self.console_log, 2**20)
+        """Whether its console said `text` since the last start, be it a panic's."""
+        return text in _read_end(self.console_log, 2**20).rpartition(PANIC)[2]
 
 
 def new_record(plan: Plan, engine: EngineName) -> Record:

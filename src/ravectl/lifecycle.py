@@ -211,11 +211,19 @@ def _start(
         guard = stack.enter_context(_launch(instance, image, identity, accelerator, stop=not keep))
         with console.step(f"starting {instance.name} ({accelerator.value})") as step:
             step.update("the kernel")
-            with _connected(instance, deadline, step) as connection:
-                first = time.monotonic() - began
-                _wait_healthy(instance, connection, deadline, step)
+            first = _wait(instance, deadline, step) - began
         guard.release()
     return Started(instance, False, accelerator, first, time.monotonic() - began)
+
+
+def _wait(instance: Instance, deadline: float, step: console.Step) -> float:
+    """Wait until every service answers; when the first SSH command could run (monotonic)."""
+    watch = _Watch(instance)
+    while True:
+        with _connected(instance, watch, deadline, step) as connection:
+            first = time.monotonic()
+            if _wait_healthy(instance, watch, connection, deadline, step):
+                return first
 
 
 class _Guard:
@@ -420,6 +428,12 @@ class _Watch:
         self._announced = self._instance.console_has(SSH_ANNOUNCEMENT)
         return self._announced
 
+    def restarted(self) -> bool:
+        """Whether the kernel panicked since the last look. Raises RavectlError when too often."""
+        before = self._panics
+        self._check_panics()
+        return self._panics > before
+
     def _check_panics(self) -> None:
         panics = self._instance.panics()
         if panics >= MAX_PANICS:
@@ -451,9 +465,10 @@ class _Watch:
 
 
 @contextlib.contextmanager
-def _connected(instance: Instance, deadline: float, step: console.Step) -> Iterator[ssh.Connection]:
+def _connected(
+    instance: Instance, watch: _Watch, deadline: float, step: console.Step
+) -> Iterator[ssh.Connection]:
     """An SSH connection to the booting machine."""
-    watch = _Watch(instance)
     target = instance.target()
     step.update("the SSH server")
     try:
@@ -469,9 +484,17 @@ def _connected(instance: Instance, deadline: float, step: console.Step) -> Itera
 
 
 def _wait_healthy(
-    instance: Instance, connection: ssh.Connection, deadline: float, step: console.Step
-) -> None:
-    """Wait until every service of the Plan answers, by one stream from the guest."""
+    instance: Instance,
+    watch: _Watch,
+    connection: ssh.Connection,
+    deadline: float,
+    step: console.Step,
+) -> bool:
+    """Wait until every service of the Plan answers, by one stream from the guest.
+
+    False when its kernel panicked meanwhile and starts again. Raises RavectlError when a service
+    failed or the time is over.
+    """
     record = instance.require_record()
     last = health.Progress(("every service",), ())
 
@@ -485,20 +508,25 @@ def _wait_healthy(
         return bool(progress.waiting) and not progress.failed
 
     text = health.script(record.plan, record.engine)
+    broken = False
     try:
         connection.stream(f"bash -c {shlex.quote(text)}", take, deadline=deadline)
     except DeadlineError:
         pass
     except ConnectionError:
         # a channel that could not be opened in what was left of the time is no break
-        if time.monotonic() < deadline:
-            raise RavectlError(
-                "the connection to the machine broke while its services started",
-                f"look at its console: {_verb('console', instance)}",
-                details=instance.console_tail(15),
-            ) from None
-    if not last.healthy:
-        raise _unhealthy(instance, connection, last)
+        broken = time.monotonic() < deadline
+    if last.healthy:
+        return True
+    if not last.failed and watch.restarted():
+        return False
+    if broken:
+        raise RavectlError(
+            "the connection to the machine broke while its services started",
+            f"look at its console: {_verb('console', instance)}",
+            details=instance.console_tail(15),
+        )
+    raise _unhealthy(instance, connection, last)
 
 
 def _unhealthy(

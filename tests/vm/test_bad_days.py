@@ -144,6 +144,38 @@ def stored_image(tool: Tool) -> Image:
     return images.find(Path(tool("build", "--safe").stdout.strip()).parent.name)
 
 
+PANICS_ONCE = """\
+[Unit]
+After=ssh.service
+[Service]
+Type=oneshot
+ExecStart=/bin/sh -c 'test -e /var/lib/panicked && exit; touch /var/lib/panicked; sync; \
+  sleep 4; echo c >/proc/sysrq-trigger'
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def test_a_guest_that_panics_once_while_its_services_start(machine: Tool) -> None:
+    machine("up", "--safe")
+    unit = "/etc/systemd/system/panics-once.service"
+    machine("exec", "--", "sudo", "tee", unit, stdin=PANICS_ONCE)
+    machine("exec", "--", "sudo", "systemctl", "enable", "panics-once.service")
+    machine("down")
+    said = machine("up").stderr
+    assert "the machine's kernel panicked and restarts itself" in said
+    assert machine.instance().panics() == 1
+    machine("exec", "--", "test", "-e", "/var/lib/panicked")
+    machine(
+        "exec",
+        "--",
+        "sudo",
+        "rm",
+        unit,
+        "/etc/systemd/system/multi-user.target.wants/panics-once.service",
+    )
+
+
 def test_two_machines_and_one_that_is_silent(machine: Tool) -> None:
     # 1 s is too little to boot: the second machine is left in the middle of it
     done = machine("up", "--name", "other", "--timeout", "1", "--keep-failed", code=1)

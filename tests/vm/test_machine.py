@@ -22,7 +22,7 @@ pytestmark = pytest.mark.vm
 def test_every_check_holds(machine: Tool) -> None:
     report = json.loads(machine("verify", "--json").stdout)
     outcomes = {r["id"]: r["outcome"] for r in report["results"]}
-    assert set(outcomes) == {c.id for c in CHECKS}
+    assert set(outcomes) == {c.id for c in CHECKS if not c.disruptive}
     assert set(outcomes.values()) == {"passed"}
 
 
@@ -159,7 +159,8 @@ def test_down_shuts_the_guest_down(machine: Tool) -> None:
     assert machine.status()["state"] == "stopped"
     assert machine.pid() is None
     check = ["qemu-img", "check", "-q", machine.instance().overlay]
-    assert subprocess.run(check, check=False).returncode == 0
+    # 3: sound, and a power cut of an earlier test left clusters that nobody uses
+    assert subprocess.run(check, check=False).returncode in (0, 3)
     assert "was not running" in machine("down").stderr
 
 

@@ -59,7 +59,9 @@ def test_logs_and_status_go_on_over_a_lost_connection(machine: Tool) -> None:
     words = ("logs", "--lines", "200", "--follow", "--grep", "number [0-9]+$")
     with (
         started(machine, *words) as logs,
-        started(machine, "status", "--watch", "--interval", "1", "--json") as status,
+        started(
+            machine, "status", "--watch", "--name", "default", "--interval", "1", "--json"
+        ) as status,
     ):
         assert "number 0" in line(logs)
         shown = line(status)
