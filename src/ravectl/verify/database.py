@@ -22,7 +22,8 @@ SETTINGS = {
 }
 
 # Read back in another session, which sees only what was committed. That it was flushed is told by
-# the log's own account: its flushed end is behind what was written.
+# the log's own account: its flushed end is behind the row, where the commit's record is. (The log's
+# end after the commit would not do: others write to it, too, and need not flush.)
 SCRIPT = """\
 echo '== database =='
 sudo -n -u postgres psql -XAtq -v ON_ERROR_STOP=1 -d postgres 2>&1 <<'SQL'
@@ -31,9 +32,11 @@ select 'setting', name, setting from pg_settings
 select 'failures', coalesce(sum(checksum_failures), 0) from pg_stat_database;
 drop table if exists rave_verify;
 create table rave_verify (value text not null);
+begin;
 insert into rave_verify values ('written ' || pg_backend_pid());
 select pg_current_wal_insert_lsn() as written, pg_backend_pid() as writer \\gset
-select 'flushed', pg_wal_lsn_diff(pg_current_wal_flush_lsn(), :'written') >= 0;
+commit;
+select 'flushed', pg_wal_lsn_diff(pg_current_wal_flush_lsn(), :'written') > 0;
 \\connect postgres
 select 'session', pg_backend_pid() <> :writer;
 select 'read', value = 'written ' || :writer from rave_verify;
