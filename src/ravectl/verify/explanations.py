@@ -62,7 +62,7 @@ EXPLANATIONS: Final[Mapping[str, Explanation]] = {
         "one service, or an agent's task, that takes the memory or processors of all others",
         "systemd's properties and memory.max, cpu.max and pids.max of each unit's control group",
         "a limit was changed at run time, or systemd could not put it into force",
-        "ravectl build, then ravectl up; systemctl revert UNIT for a change by hand",
+        "ravectl build, then ravectl up; a change by hand: see where in ravectl exec -- systemctl cat UNIT",
     ),
     "H1": Explanation(
         "every route answers those who may use it, as the Plan says",
