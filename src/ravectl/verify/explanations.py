@@ -62,7 +62,7 @@ EXPLANATIONS: Final[Mapping[str, Explanation]] = {
         "one service, or an agent's task, that takes the memory or processors of all others",
         "systemd's properties and memory.max, cpu.max and pids.max of each unit's control group",
         "a limit was changed at run time, or systemd could not put it into force",
-        "ravectl build, then ravectl up; a change by hand: see where in ravectl exec -- systemctl cat UNIT",
+        "ravectl build, then ravectl up; ravectl exec -- systemctl cat UNIT shows a change by hand",
     ),
     "H1": Explanation(
         "every route answers those who may use it, as the Plan says",
@@ -248,7 +248,6 @@ EXPLANATIONS: Final[Mapping[str, Explanation]] = {
         "a service that, once taken over, can do more to the machine than its work needs",
         "systemd-analyze security of each unit that has a limit in the Plan",
         "the sandbox of the unit that is named is weaker than it was designed",
-        "ravectl exec -- systemd-analyze security UNIT; systemctl revert UNIT for a change by "
-        "hand",
+        "ravectl exec -- systemd-analyze security UNIT; systemctl cat UNIT shows a change",
     ),
 }  # fmt: skip
