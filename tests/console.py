@@ -286,7 +286,7 @@ def _start_nginx(site: Site) -> None:
     text = tree.file("etc/nginx/nginx.conf").content
     for old, new in (
         ("user www-data;", "user root;"),
-        ("/run/nginx.pid", f"{folder}/nginx.pid"),
+        ("/run/rave-ingress/nginx.pid", f"{folder}/nginx.pid"),
         ("/run/secrets/ingress/tls-cert", f"{folder}/cert"),
         ("/run/secrets/ingress/tls-key", f"{folder}/key"),
         ("/run/secrets/ingress/htpasswd", f"{folder}/htpasswd"),

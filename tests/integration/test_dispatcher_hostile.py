@@ -33,7 +33,10 @@ SMALLEST_MB = 192  # what the shipped profiles give it at least
         # exponential in Python's re, which no thread can interrupt
         ({"path": "$.t", "matches": "^(a+)+$"}, {"t": "a" * 60 + "!"}),
         # more values than fit into the service's memory
-        ({"path": "$..*..*", "matches": "never"}, {"a": [[[[[[[[[[1]] * 9] * 9] * 9] * 9] * 9]]]]}),
+        (
+            {"path": "$..*..*", "matches": "never"},
+            {"a": [[[[[[[[[[1]] * 9] * 9] * 9] * 9] * 9] * 9]]]},
+        ),
     ],
     ids=["expression", "path"],
 )

@@ -59,26 +59,37 @@ def store(lines: str) -> str:
     return f"/usr/bin/python3 - <<'E'\n{opened}{lines}s.commit()\nE"
 
 
-def setting(unit: str, lines: str) -> tuple[str, str, str]:
-    """Scripts that give a unit a drop-in and take it away."""
+def setting(unit: str, lines: str, undone: str = "") -> tuple[str, str, str]:
+    """Scripts that give a unit a drop-in, and take it away and do what else is to be `undone`."""
     folder = f"/run/systemd/system/{unit}.d"  # drop-ins of all places are read in one order
     made = f"mkdir -p {folder} && printf '[Service]\\n{lines}\\n' >{folder}/zz-mutation.conf"
-    return made, f"rm -r {folder}", "systemctl daemon-reload"
+    reload = "systemctl daemon-reload"
+    return made, f"rm -r {folder}\n{reload}\n{undone}", reload
 
 
 RELOAD_NGINX = "nginx -tq && systemctl reload nginx"
 RESTART = "systemctl restart rave-dispatcher"
 RELOAD_RULES = "systemctl reload prometheus"
 RELOAD_SSHD = "systemctl reload ssh"
-# Prometheus looks at most every 15 s at itself, at others every 10 s
-TARGET_DOWN = """\
-for ((i = 0; i < 60; i++)); do
-  { exec {c}<>/dev/tcp/127.0.0.1/9090; } 2>/dev/null || exit 1
-  printf 'GET /api/v1/query?query=up{job="%s"} HTTP/1.0\\r\\n\\r\\n' JOB >&"$c"
-  [[ $(cat <&"$c") == *',"0"]'* ]] && exit
+
+
+def scraped(job: str, up: bool) -> str:
+    """A script that waits until Prometheus finds each target of a job up, or each down.
+
+    It looks every 10 s at most targets, and every 15 s at itself.
+    """
+    wanted, other = (1, 0) if up else (0, 1)
+    return f"""\
+for ((i = 0; i < 80; i++)); do
+  if {{ exec {{c}}<>/dev/tcp/127.0.0.1/9090; }} 2>/dev/null; then
+    printf 'GET /api/v1/query?query=up{{job="{job}"}} HTTP/1.0\\r\\n\\r\\n' >&"$c"
+    seen=$(cat <&"$c")
+    [[ $seen == *',"{wanted}"]'* && $seen != *',"{other}"]'* ]] && exit
+  fi
   sleep 0.5
 done
 exit 1"""
+
 
 MUTATIONS = (
     Mutation(
@@ -88,9 +99,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a service is stopped", "S2 S4 O1", "prometheus-pushgateway.service is inactive",
-        f"systemctl stop prometheus-pushgateway\n{TARGET_DOWN.replace('JOB', 'pushgateway')}",
-        f"systemctl start prometheus-pushgateway\n"
-        f"""{TARGET_DOWN.replace('JOB', 'pushgateway').replace(',"0"]', ',"1"]')}""",
+        f"systemctl stop prometheus-pushgateway\n{scraped('pushgateway', up=False)}",
+        f"systemctl start prometheus-pushgateway\n{scraped('pushgateway', up=True)}",
     ),
     Mutation(
         "a limit of memory is raised", "S4", "prometheus-node-exporter.service",
@@ -234,7 +244,8 @@ MUTATIONS = (
 DISRUPTIVE = (
     Mutation(
         "a service that died stays so", "S5", "blackbox-exporter",
-        *setting("prometheus-blackbox-exporter.service", "Restart=no"),
+        *setting("prometheus-blackbox-exporter.service", "Restart=no",
+                 "systemctl start prometheus-blackbox-exporter\n" + scraped("probes", up=True)),
     ),
     Mutation(
         "alerts are told late", "O3", "",
