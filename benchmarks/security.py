@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,11 +24,13 @@ from typing import Any
 
 from ravectl import workspace
 from ravectl.instance import Instance
+from ravectl.qemu import NETDEV
 
 ROOT = Path(__file__).parent.parent
 TAP, OUTSIDE, MACHINE = "rave-outside", "10.0.2.77", "10.0.2.15"
 NAMESPACE = f"rave-security-{os.getpid()}"
 HARMLESS = {"OK", "INFO", "LOW"}
+OWN = {"engine_problem"}  # what testssl.sh says of this host's OpenSSL
 # what comes of the CA being the workspace's own
 PRIVATE_CA = {
     "cert_trust",
@@ -43,10 +46,10 @@ WRAPPER = """\
 #!{python}
 import os, sys
 words = sys.argv[1:]
-card = next(i for i, w in enumerate(words) if w.endswith(",netdev=net0"))
-words[card] = words[card].replace("netdev=net0", "netdev=port0")
+card = next(i for i, w in enumerate(words) if w.endswith(",netdev={netdev}"))
+words[card] = words[card].replace("netdev={netdev}", "netdev=port0")
 words += [
-    "-netdev", "hubport,id=port0,hubid=0", "-netdev", "hubport,id=port1,hubid=0,netdev=net0",
+    "-netdev", "hubport,id=port0,hubid=0", "-netdev", "hubport,id=port1,hubid=0,netdev={netdev}",
     "-netdev", "tap,id=wire0,ifname={tap},script=no,downscript=no",
     "-netdev", "hubport,id=port2,hubid=0,netdev=wire0",
 ]
@@ -79,7 +82,7 @@ class Machine:
         bin_ = folder / "bin"
         bin_.mkdir()
         wrapper = bin_ / "qemu-system-x86_64"
-        wrapper.write_text(WRAPPER.format(python=sys.executable, qemu=qemu, tap=TAP))
+        wrapper.write_text(WRAPPER.format(python=sys.executable, qemu=qemu, tap=TAP, netdev=NETDEV))
         wrapper.chmod(0o755)
         (folder / "rave.yaml").write_text("extends: safe\nname: security\n")
         os.environ["RAVECTL_WORKSPACE"] = str(folder)
@@ -121,8 +124,28 @@ def plug() -> None:
 # --- the tools ---------------------------------------------------------------------------------
 
 
-def ports(_: Machine) -> None:
+@contextlib.contextmanager
+def only_the_wire(machine: Machine) -> Iterator[None]:
+    """Take the usual uplink off: its end hears all and answers for the machine, by resets."""
+
+    def link(up: bool) -> None:
+        with machine.instance.ask() as monitor:
+            monitor.ask("set_link", name=NETDEV, up=up)
+
+    link(up=False)
+    try:
+        yield
+    finally:
+        link(up=True)
+
+
+def ports(machine: Machine) -> None:
     """Every TCP port and the usual UDP ports, from outside."""
+    with only_the_wire(machine):
+        _scan()
+
+
+def _scan() -> None:
     xml = run(
         "ip", "netns", "exec", NAMESPACE, "nmap", "-oX", "-", "-Pn", "-n", "-sS", "-p-",
         "--min-rate", "1500", "--max-retries", "3", MACHINE,
@@ -172,8 +195,12 @@ def tls(machine: Machine) -> None:
         check=False, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     findings = json.loads(out.read_text())
-    grade = next((f["finding"] for f in findings if f["id"] == "overall_grade"), "none")
-    bad = [f for f in findings if f["severity"] not in HARMLESS and f["id"] not in PRIVATE_CA]
+    # releases before 3.1 give none
+    grade = next((f["finding"] for f in findings if f["id"] == "overall_grade"), "not given")
+    known = PRIVATE_CA | OWN
+    bad = [f for f in findings if f["severity"] not in HARMLESS and f["id"] not in known]
+    if not any(f["id"] == "TLS1_3" for f in findings):
+        sys.exit("testssl.sh did not end")
     row("testssl.sh: findings above LOW, but the private CA", len(bad), "0")
     row("testssl.sh: grade", grade, "A+, or T for the private CA")
     for f in bad:
@@ -195,11 +222,13 @@ def units(machine: Machine) -> None:
     row("units over their exposure limit", over, "0")
 
 
+# it takes longer under emulation than one command may
 LYNIS = """\
 mkdir -p /run/lynis && tar -C /run/lynis -xf - && cd /run/lynis/lynis && chown -R root:root . &&
-./lynis audit system --quick --no-colors --no-log --report-file /run/lynis/report >/dev/null 2>&1
-cat /run/lynis/report; rm -rf /run/lynis
+systemd-run -q --unit=lynis --working-directory="$PWD" \
+  ./lynis audit system --quick --no-colors --no-log --report-file /run/lynis/report
 """
+LYNIS_SECONDS = 3600.0
 
 
 def lynis(machine: Machine) -> None:
@@ -207,11 +236,18 @@ def lynis(machine: Machine) -> None:
     packed = machine.folder / "lynis.tar"
     with tarfile.open(packed, "w") as tar:
         tar.add("/usr/sbin/lynis", "lynis/lynis")
-        for part in ("include", "db", "plugins"):
+        for part in ("include", "db"):
             tar.add(f"/usr/share/lynis/{part}", f"lynis/{part}")
+        tar.add("/etc/lynis/plugins", "lynis/plugins")
         tar.add("/etc/lynis/default.prf", "lynis/default.prf")
     with packed.open("rb") as stdin:
-        report = machine.root(LYNIS, check=False, stdin=stdin)
+        machine.root(LYNIS, stdin=stdin)
+    end = time.monotonic() + LYNIS_SECONDS
+    while machine.root("systemctl is-active lynis", check=False).strip() == "active":
+        if time.monotonic() > end:
+            sys.exit("lynis did not end")
+        time.sleep(10)
+    report = machine.root("cat /run/lynis/report")
     index = re.search(r"^hardening_index=(\d+)", report, re.M)
     row("lynis: hardening index", index[1] if index else "none", ">= 85")
     for kind in ("warning", "suggestion"):

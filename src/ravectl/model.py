@@ -28,6 +28,8 @@ INGRESS_PORT = 3002
 CONSOLE_SOCKET = "/run/rave-dispatcher/console.sock"  # only the ingress's user can open it
 SSH_ANNOUNCEMENT = "rave: ssh listens"  # what the guest says on its console, for `up`
 TEMPO_OTLP = "http://127.0.0.1:4318/v1/traces"  # OTLP's own port and path for HTTP
+# who floods the kernel's notes loses his own, and slows nobody
+AUDIT_WAITING, AUDIT_A_SECOND = 1024, 400  # messages; `ravectl verify` makes some 100 a second
 LOG_BURST_SECONDS = 30  # what journald itself has: RateLimitIntervalSec= in journald.conf(5)
 HOST_ADDRESS = "10.0.2.2"  # this host, as a machine on QEMU's user network sees it
 # where a closed machine finds its log receiver: in that network, and nobody else's
@@ -235,6 +237,7 @@ class Hardening:
     exposures: dict[str, dict[str, float]]  # by engine: of units beside the services
     profiles: dict[str, str]  # a service, and the AppArmor profile that it is held to
     agents: Containment
+    audit: dict[str, tuple[str, ...]]  # by engine: what the kernel notes, in auditctl's words
 
     def kernel(self, engine: str) -> dict[str, str]:
         """The kernel's settings on `engine`, by their names."""

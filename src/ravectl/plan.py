@@ -237,6 +237,33 @@ SETUID = {
     ),
 }  # fmt: skip
 
+# What the kernel notes in the journal: who opens a secret by hand, who is refused one, who uses
+# sudo and who changes its rules. Services that read their own are none of it: nobody signed in.
+_OPEN = "-a always,exit -F arch=b64 -S open,openat,openat2"
+
+
+def _audit(engine: EngineName, *sudoers: str) -> tuple[str, ...]:
+    secrets, sudo = "-F key=rave-secrets", "-F key=rave-sudo"
+    return (
+        # what PAM, sudo and systemd tell is in the journal by themselves
+        "-a always,exclude -F msgtype>=USER_AUTH -F msgtype<=1199",
+        # once more what the other lines of a note say; and each unit's firewall of systemd
+        "-a always,exclude -F msgtype=PROCTITLE",
+        "-a always,exclude -F msgtype=BPF",
+        f"{_OPEN} -F dir=/run/secrets.d -F auid>=1000 -F auid!=-1 {secrets}",
+        f"{_OPEN} -F dir=/run/secrets.d -F exit=-EACCES {secrets}",
+        f"-a always,exit -F arch=b64 -S execve,execveat -F path={SETUID[engine.value][0]} {sudo}",
+        *(f"-a always,exit -F arch=b64 -S all {where} -F perm=wa {sudo}" for where in sudoers),
+    )
+
+
+AUDIT = {
+    EngineName.DEBIAN.value: _audit(
+        EngineName.DEBIAN, "-F path=/etc/sudoers", "-F dir=/etc/sudoers.d"
+    ),
+    EngineName.NIX.value: _audit(EngineName.NIX, "-F path=/etc/sudoers"),
+}
+
 # Units beside the services
 EXPOSURES = {
     "rave-launcher@.service": OTHERS_EXPOSURE,  # root's: it starts units
@@ -246,7 +273,10 @@ EXPOSURES = {
 }
 ENGINE_EXPOSURES = {
     # root's, too: it gives files to their owners. On NixOS sops-nix does, before there are units
-    EngineName.DEBIAN: {"rave-secrets.service": OTHERS_EXPOSURE},
+    EngineName.DEBIAN: {
+        "rave-secrets.service": OTHERS_EXPOSURE,
+        "rave-audit.service": OUR_EXPOSURE,
+    },
     EngineName.NIX: {},
 }
 
@@ -276,6 +306,7 @@ def hardening(machine: Machine, agents: tuple[Agent, ...], concurrency: int) -> 
             tasks=concurrency * max(a.tasks for a in agents) + AGENTS_SPARE_TASKS,
             disk_mb=machine.disk_gb * 1024 // AGENTS_DISK_SHARE,
         ),
+        audit=AUDIT,
     )
 
 

@@ -18,6 +18,8 @@ import yaml
 
 from ravectl.errors import RavectlError
 from ravectl.model import (
+    AUDIT_A_SECOND,
+    AUDIT_WAITING,
     BLOCK_SECONDS,
     CONSOLE_SOCKET,
     LOG_BURST_SECONDS,
@@ -58,6 +60,7 @@ def render(
         "plan": plan, "distribution": folder.name, "ssh_announcement": SSH_ANNOUNCEMENT,
         "engine": "nix" if folder.name == "nixos" else folder.name,
         "console_socket": CONSOLE_SOCKET,
+        "audit_waiting": AUDIT_WAITING, "audit_a_second": AUDIT_A_SECOND,
         "log_burst_seconds": LOG_BURST_SECONDS, "relay_address": RELAY_ADDRESS,
         "verify_rule": VERIFY_RULE, "login_failures": LOGIN_FAILURES,
         "block_seconds": BLOCK_SECONDS, "new_connections": NEW_CONNECTIONS,

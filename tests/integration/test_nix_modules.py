@@ -111,8 +111,9 @@ def fault(kind: str, value: Any) -> str | None:
     if kind.startswith("null or "):
         return None if value is None else fault(kind.removeprefix("null or "), value)
     if kind.startswith("one of "):
-        known = re.findall(r"“([^”]*)”|(-?\d+)", kind)
-        return None if str(value) in {a or b for a, b in known} else wrong
+        words = kind.removeprefix("one of ").replace("“", '"').replace("”", '"')
+        known = json.loads(f"[{words}]")  # strings, numbers, true and false
+        return None if [type(value), value] in [[type(k), k] for k in known] else wrong
     if kind in ("submodule", "attribute set") or kind.startswith("submodule"):
         return None if isinstance(value, dict) else wrong
     if kind.startswith(

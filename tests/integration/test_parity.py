@@ -22,7 +22,16 @@ import pytest
 import yaml
 
 from ravectl import images, model, sops, vault
-from ravectl.model import Access, Activation, EngineName, Plan, RenderedTree, SecretKind
+from ravectl.model import (
+    AUDIT_A_SECOND,
+    AUDIT_WAITING,
+    Access,
+    Activation,
+    EngineName,
+    Plan,
+    RenderedTree,
+    SecretKind,
+)
 from tests import nixos
 
 # of full-pipe what both can have; what is of NixOS alone is held below
@@ -856,6 +865,30 @@ def confinement(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
         (text, {n: [p] for n, p in names.items()}),
         (text, here),
         (nix.at("security.apparmor.policies.rave.profile"), there),
+    )
+
+
+@row
+def kernel_notes(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    """Audit rules; each engine has its own sudo and its own place for sudo's rules."""
+    lines = debian.text("etc/audit/rave.rules").splitlines()
+    given = tuple(line for line in lines if line.startswith("-a "))
+    (backlog,) = (line for line in lines if line.startswith("-b "))
+    (rate,) = (line for line in lines if line.startswith("-r "))
+    assert (lines[1], lines[-1]) == ("-D", "-e 1")
+    assert given == plan.hardening.audit["debian"]
+    assert nix.at("security.audit.enable") is True
+    assert tuple(nix.at("security.audit.rules")) == plan.hardening.audit["nix"]
+    here = [r.replace("/usr/bin/sudo", "SUDO") for r in given if "sudoers.d" not in r]
+    there = [r.replace("/run/wrappers/bin/sudo", "SUDO") for r in nix.at("security.audit.rules")]
+    return (
+        (f"-b {AUDIT_WAITING}", f"-r {AUDIT_A_SECOND}", here),
+        (backlog, rate, here),
+        (
+            f"-b {nix.at('security.audit.backlogLimit')}",
+            f"-r {nix.at('security.audit.rateLimit')}",
+            there,
+        ),
     )
 
 

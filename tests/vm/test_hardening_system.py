@@ -1,12 +1,13 @@
 """A fork bomb, a memory hog and a disk filler as an agent: stopped, and nobody else is hurt.
 
-Also what the kernel is told of a machine that stood still: its clock comes right by itself.
+Also who opens secrets is noted, and the clock of a machine that stood still comes right by itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ __all__ = ["shell"]  # the fixture
 pytestmark = pytest.mark.vm
 
 ANSWERS_SECONDS = 1.0
+UNSET = str(2**32 - 1)  # the auid of whom nobody signed in for
 FORK_BOMB = "echo on; bomb() { bomb | bomb & }; bomb; sleep 60"
 MEMORY_HOG = "head -c 900M /dev/zero | tail"
 DISK_FILLER = """\
@@ -127,6 +129,28 @@ def test_a_memory_hog(shell: Tool) -> None:
         task, _ = run(shell, MEMORY_HOG)
     assert task["outcome"] == "out-of-memory"
     alerted(shell, {"OomKill"}, since, 60)
+
+
+def notes(tool: Tool, words: str) -> list[dict[str, str]]:
+    """The fields of what the kernel noted, of those lines that hold `words`."""
+    text = root(tool, f"journalctl -q -o cat -t audit -g '{words}' || true")
+    return [dict(re.findall(r'(\w+)="?([^" ]+)', line)) for line in text.splitlines()]
+
+
+def test_who_opens_a_secret_is_noted(shell: Tool) -> None:
+    """An agent that tries, and an operator; who reads his own does not fill the journal."""
+    _, output = run(shell, "cat /run/secrets/dispatcher/api-token 2>&1; id -u")
+    said, agent = output.splitlines()
+    assert said.endswith("Permission denied")
+    root(shell, "sha1sum </run/secrets/dispatcher/api-token; sync -d /etc/sudoers")
+    made = notes(shell, 'SYSCALL.*key="rave-secrets"')
+    by_agent = [n for n in made if n["uid"] == agent]
+    assert [(n["success"], n["comm"], n["auid"]) for n in by_agent] == [("no", "cat", UNSET)]
+    by_hand = [n for n in made if n["auid"] == "1000"]
+    assert ("yes", "sh") in {(n["success"], n["comm"]) for n in by_hand}
+    assert len(by_agent) + len(by_hand) == len(made), made
+    assert notes(shell, 'SYSCALL.*comm="sudo".*key="rave-sudo"')[-1]["auid"] == "1000"
+    assert root(shell, "auditctl -s | grep ^lost") == "lost 0\n"
 
 
 def test_a_disk_filler(shell: Tool) -> None:

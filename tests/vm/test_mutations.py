@@ -196,6 +196,10 @@ MUTATIONS = (
         "mount -o remount,exec /dev/shm", "mount -o remount,noexec /dev/shm",
     ),
     Mutation(
+        "nobody notes who uses sudo", "X5", "does not note: .*/usr/bin/sudo",
+        "auditctl -D >/dev/null", "systemctl restart rave-audit",
+    ),
+    Mutation(
         "a unit's sandbox is open", "X6", "vibe-kanban.service is exposed",
         *setting("vibe-kanban.service",
                  "ProtectSystem=no\\nPrivateDevices=no\\nRestrictNamespaces=no"),

@@ -34,7 +34,7 @@ from ravectl.errors import HostError, RavectlError, UsageError
 from ravectl.model import Account, AptSource
 
 SUITE = "trixie"
-RECIPE = 7  # raise it when this module makes another base from the same inputs
+RECIPE = 8  # raise it when this module makes another base from the same inputs
 # Newer time stamps are set to this one: 2026-01-01, before which every package of a point
 # release that matters here was built, so that most keep their own.
 EPOCH = 1767225600
@@ -52,6 +52,7 @@ KEYRING_VARIABLE = "RAVECTL_DEBIAN_KEYRING"
 PACKAGES = (
     "age",
     "apparmor",
+    "auditd",
     "busybox-static",
     "ca-certificates",
     "curl",

@@ -234,11 +234,12 @@ EXPLANATIONS: Final[Mapping[str, Explanation]] = {
         "the kernel's settings, the blocked modules and the mount options are the Plan's; no "
         "program is setuid or setgid but those that it names, looked for wherever the bit would"
         " be honoured; AppArmor enforces the profile of each service that is reached through "
-        "the ingress",
+        "the ingress; the kernel notes who opens secrets by hand and who uses sudo",
         "a program that got a foothold and reaches for the kernel or another's rights",
         "/proc/sys, /proc/modules, modprobe's configuration, mountinfo, a search for setuid "
-        "files where the bit counts, AppArmor's label of each confined service",
-        "the setting, module, mount or program that is named is not what the Plan says",
+        "files where the bit counts, AppArmor's label of each confined service, the kernel's audit "
+        "rules",
+        "the setting, module, mount, program or rule that is named is not what the Plan says",
         "ravectl build, then ravectl reset and ravectl up; undo a change by hand where it was "
         "made",
     ),

@@ -50,6 +50,9 @@ for unit in %(confined)s; do
   IFS= read -r profile <"/proc/$pid/attr/apparmor/current"
   echo "$unit $profile"
 done 2>/dev/null
+echo '== audited =='
+auditctl -s 2>&1
+auditctl -l 2>&1
 """
 
 
@@ -78,7 +81,7 @@ def judge_kernel(subject: Subject, output: str) -> Judgement:
     )
     parts = guest.sections(output) or {}
     if (
-        not {"sysctls", "loaded", "blocked", "mounts", "setuid", "searched", "confined"}
+        not {"sysctls", "loaded", "blocked", "mounts", "setuid", "searched", "confined", "audited"}
         <= parts.keys()
     ):
         return unreadable(expected, "the answer about the kernel is incomplete")
@@ -99,6 +102,7 @@ def judge_kernel(subject: Subject, output: str) -> Judgement:
         if enforced.get(unit) != f"{profile} (enforce)":
             found = enforced.get(unit) or "nothing"
             faults.append(f"{unit} is held to {found}, not to AppArmor's {profile}")
+    faults += audit_faults(wanted.audit[subject.engine], parts["audited"])
     return judged(expected, "all as planned", faults, _REBUILD)
 
 
@@ -111,6 +115,21 @@ def sysctl_faults(settings: Mapping[str, str], text: str) -> list[str]:
         for key, value in settings.items()
         if seen.get(key) != value
     ]
+
+
+def audit_faults(rules: Iterable[str], text: str) -> list[str]:
+    """Which of the rules the kernel does not have, by what auditctl says of it."""
+    lines = text.splitlines()
+    if not {"enabled 1", "enabled 2"} & set(lines):
+        return ["the kernel notes nothing: auditing is off"]
+    there = {_audited(line) for line in lines}
+    return [f"the kernel does not note: {rule}" for rule in rules if _audited(rule) not in there]
+
+
+def _audited(rule: str) -> frozenset[tuple[str, str]]:
+    # auditctl orders fields and system calls as it likes
+    words = ((m[1], m[2].split(",")) for m in re.finditer(r"(-\w) (\S+)", rule))
+    return frozenset((option, value) for option, values in words for value in values)
 
 
 def _module_faults(blocked: Iterable[str], loaded: str, config: str) -> list[str]:

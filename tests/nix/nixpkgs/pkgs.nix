@@ -34,6 +34,7 @@ let
   packages = lib.genAttrs [
     "age"
     "apacheHttpd"
+    "audit"
     "bash"
     "claude-code-router"
     "coreutils"
