@@ -138,17 +138,16 @@ def notes(tool: Tool, words: str) -> list[dict[str, str]]:
 
 
 def test_who_opens_a_secret_is_noted(shell: Tool) -> None:
-    """An agent that tries, and an operator; who reads his own does not fill the journal."""
-    _, output = run(shell, "cat /run/secrets/dispatcher/api-token 2>&1; id -u")
-    said, agent = output.splitlines()
-    assert said.endswith("Permission denied")
-    root(shell, "sha1sum </run/secrets/dispatcher/api-token; sync -d /etc/sudoers")
-    made = notes(shell, 'SYSCALL.*key="rave-secrets"')
-    by_agent = [n for n in made if n["uid"] == agent]
-    assert [(n["success"], n["comm"], n["auid"]) for n in by_agent] == [("no", "cat", UNSET)]
-    by_hand = [n for n in made if n["auid"] == "1000"]
-    assert ("yes", "sh") in {(n["success"], n["comm"]) for n in by_hand}
-    assert len(by_agent) + len(by_hand) == len(made), made
+    """A service whose it is not, and an operator. Agents' tasks do not even see where they are."""
+    secret = "/run/secrets/dispatcher/api-token"
+    assert "Permission denied" in run(shell, f"cat {secret} 2>&1")[1]
+    root(shell, f"systemd-run -q --wait --uid=vibe-kanban cat {secret} || true")
+    root(shell, f"cat {secret} >/dev/null")
+    made = [n for n in notes(shell, 'SYSCALL.*key="rave-secrets"') if n["comm"] == "cat"]
+    kanban = root(shell, "id -u vibe-kanban").strip()
+    assert [(n["success"], n["auid"], n["uid"]) for n in made] == [
+        ("no", UNSET, kanban), ("yes", "1000", "0"),
+    ]  # fmt: skip
     assert notes(shell, 'SYSCALL.*comm="sudo".*key="rave-sudo"')[-1]["auid"] == "1000"
     assert root(shell, "auditctl -s | grep ^lost") == "lost 0\n"
 

@@ -60,7 +60,6 @@ def verify(
     workspace: options.Folder = None,
 ) -> None:
     """Hold the running machine against what it was built from (exit 3 when it does not hold)."""
-    from ravectl import files
     from ravectl import verify as verification
 
     if explain is not None:
@@ -79,11 +78,21 @@ def verify(
             )
         _watch(found, _suites(suite), set(check) if check else None, interval, fmt == "json")
     report = _report(found, _suites(suite), set(check) if check else None, disruptive)
+    _hand_out(report, fmt, output, {"junit": junit, "markdown": markdown})
+    if not report.holds:
+        raise typer.Exit(EXIT_CHECK)
+
+
+def _hand_out(report: Report, fmt: str, output: Path | None, also: dict[str, Path | None]) -> None:
+    """Print the report or write it to `output`, and to files in other formats."""
+    from ravectl import files
+    from ravectl import verify as verification
+
+    for form, path in also.items():
+        if path is not None:
+            files.write_atomic(path, verification.render(report, form))
     terminal = output is None and sys.stdout.isatty()
     width = shutil.get_terminal_size((100, 24)).columns
-    for path, extra in ((junit, "junit"), (markdown, "markdown")):
-        if path is not None:
-            files.write_atomic(path, verification.render(report, extra))
     text = verification.render(report, fmt, terminal=terminal, width=width)
     if output is None:
         sys.stdout.write(text)
@@ -91,8 +100,6 @@ def verify(
         files.write_atomic(output, text)
     if output is not None or fmt not in ("table", "markdown"):
         console.note(verification.summary(report))  # the others say it themselves
-    if not report.holds:
-        raise typer.Exit(EXIT_CHECK)
 
 
 def _format(name: str) -> str:

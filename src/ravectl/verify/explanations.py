@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -22,7 +23,7 @@ def text(id_: str, title: str, suite: str, *, disruptive: bool) -> str:
     """A check's explanation for a person, ending with a newline. Raises KeyError when unknown."""
     e = EXPLANATIONS[id_]
     rows = (
-        ("holds when", e.promise.replace("`", "")),
+        ("holds when", _plain(e.promise)),
         ("guards against", e.threat),
         ("how it is probed", e.probe),
         ("a failure means", e.failing),
@@ -31,6 +32,11 @@ def text(id_: str, title: str, suite: str, *, disruptive: bool) -> str:
     kind = f"suite {suite}, {'disruptive' if disruptive else 'not disruptive'}"
     body = "".join(f"\n{name}:\n  {value}\n" for name, value in rows)
     return f"{id_}: {title} ({kind})\n{body}"
+
+
+def _plain(markdown: str) -> str:
+    """What docs/verify.md says, for a terminal: a link there is to a page of docs/."""
+    return re.sub(r"\[(\w+)\]\(([^)]+)\)", r"\1: docs/\2", markdown).replace("`", "")
 
 
 EXPLANATIONS: Final[Mapping[str, Explanation]] = {
