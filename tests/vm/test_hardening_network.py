@@ -16,6 +16,7 @@ import pytest
 
 from ravectl.verify import sshprobe, web
 from tests.conftest import Tool
+from tests.vm.test_hardening_system import alerted
 
 pytestmark = pytest.mark.vm
 
@@ -128,6 +129,7 @@ def test_headers_that_do_not_come_hold_no_door_shut(machine: Tool) -> None:
 
 def test_guesses_of_a_key_lock_the_operator_out_for_less_than_a_minute(machine: Tool) -> None:
     target = machine.instance().target()
+    since = time.time()
     time.sleep(16)
     said = [sshprobe.try_stranger(target, "rave", 30)[1] for _ in range(3)]
     time.sleep(3)  # sshd counts when the session has ended
@@ -142,6 +144,7 @@ def test_guesses_of_a_key_lock_the_operator_out_for_less_than_a_minute(machine: 
     assert 1 < time.monotonic() - began < 75
     figures = root(machine, "cat /run/rave-bans/rave-bans.prom")
     assert int(figures.split()[-1]) >= 1
+    alerted(machine, {"BruteForce"}, since, 60)
 
 
 def test_an_address_of_its_own_is_blocked_alone(machine: Tool, attacker: None) -> None:
