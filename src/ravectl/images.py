@@ -251,6 +251,7 @@ def _make_debian(inputs: Inputs, target: Path) -> None:
             write_tree(inputs.tree, root)
             debian.compile_policy(root)
             debian.drop_setuid(root, inputs.plan.hardening.setuid[EngineName.DEBIAN])
+            debian.close_cron(root)
             debian.compile_python(root, f"{debian.DISPATCHER}/rave_dispatcher")
         with console.step("file system"):
             raw = image if inputs.format is ImageFormat.RAW else work / "disk.raw"

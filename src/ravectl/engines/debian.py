@@ -34,7 +34,7 @@ from ravectl.errors import HostError, RavectlError, UsageError
 from ravectl.model import Account, AptSource
 
 SUITE = "trixie"
-RECIPE = 8  # raise it when this module makes another base from the same inputs
+RECIPE = 9  # raise it when this module makes another base from the same inputs
 # Newer time stamps are set to this one: 2026-01-01, before which every package of a point
 # release that matters here was built, so that most keep their own.
 EPOCH = 1767225600
@@ -739,6 +739,12 @@ def drop_setuid(root: Path, kept: tuple[str, ...]) -> None:
             mode = os.lstat(path).st_mode
             if stat.S_ISREG(mode) and mode & (stat.S_ISUID | stat.S_ISGID) and path not in spared:
                 Path(path).chmod(stat.S_IMODE(mode) & ~(stat.S_ISUID | stat.S_ISGID))
+
+
+def close_cron(root: Path) -> None:
+    """Close the folders of jobs to all but root. Packages bring them; no cron runs them here."""
+    for folder in root.glob("etc/cron.*"):
+        folder.chmod(0o700)
 
 
 def copy_root(base: Path, target: Path) -> None:
