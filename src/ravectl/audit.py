@@ -51,6 +51,11 @@ def check(
         if path.exists():
             own = vault.read(path, identity)
             where = f"machine {instance.name}"
+            if instance.record is not None:
+                found += [
+                    Finding(f"{where}: {text}", remedy)
+                    for text, remedy in vault.unreachable(instance.record.plan, shared)
+                ]
             found += schema(own, declared, SecretScope.INSTANCE, where)
             found += stale(own, declared, where)
             found += recipients(path, places.recipients(), where)

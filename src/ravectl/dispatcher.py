@@ -155,7 +155,10 @@ def _document(answer: web.Answer) -> Any:
 def of_instance(found: Instance, identity: sops.Identity) -> Api:
     """The API of a running machine, with the token from the workspace's secrets."""
     if found.state() is not InstanceState.RUNNING:
-        raise UnreachableError(f"instance {found.name!r} does not run", "start it: ravectl up")
+        flag = "" if found.name == "default" else f" --name {found.name}"
+        raise UnreachableError(
+            f"instance {found.name!r} does not run", f"start it: ravectl up{flag}"
+        )
     shared = vault.read(found.places.shared, identity)
     token = shared.values.get(TOKEN)
     if token is None:

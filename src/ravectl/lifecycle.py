@@ -278,6 +278,8 @@ def _handed_over(
         private, recipient = sops.new_identity()
         serial = vault.next_serial(instance.require_record().serial)
         values = vault.delivery(plan, shared, machine, [instance.operator_key().public])
+        for text, remedy in vault.unreachable(plan, shared):
+            console.warn(f"{text}; {remedy}")
         handed = {"age-identity": private.encode() + b"\n"}
         engine = instance.require_record().engine
         handed["bundle"] = vault.bundle_for(engine, plan, values, serial, recipient)

@@ -136,7 +136,8 @@ def show(
     def work(connection: ssh.Connection, worked: Callable[[], None]) -> None:
         def take(line: str) -> bool:
             worked()
-            return reader.take(line)
+            with reconnect.output():
+                return reader.take(line)
 
         end = connection.stream(command(query, reader.cursor), take)
         if end is None or end.returncode < 0 or end.returncode > 128:
@@ -158,7 +159,8 @@ def refusal(stderr: str) -> RavectlError:
     said = stderr.strip().splitlines()
     return UsageError(
         f"the machine's journalctl says: {said[-1] if said else 'nothing, and ended'}",
-        "write times as 'today', '-1h' or '2026-01-31 12:00'; its manual: man journalctl",
+        "write times as 'today', '-1h' or '2026-01-31 12:00', priorities as 'err', --grep as a "
+        "regular expression: man journalctl",
     )
 
 

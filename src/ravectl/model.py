@@ -416,6 +416,13 @@ class AlertReceiver:
     smarthost: str | None = None
     username: str | None = None
 
+    @property
+    def secret(self) -> str | None:
+        """The secret without which nothing reaches it, by its name."""
+        if self.kind is ReceiverKind.EMAIL:
+            return "alerts/smtp-password" if self.username else None
+        return f"alerts/{self.kind.value}-url"
+
 
 @dataclass(frozen=True)
 class AptSource:

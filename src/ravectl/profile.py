@@ -242,6 +242,27 @@ LogUrl = Annotated[
 ]
 
 
+def _its_port_exists(url: str) -> str:
+    port = re.match(r"[a-z]+://[^:/]+:(\d+)", url)
+    if port is not None and not 1 <= int(port[1]) <= MAX_PORT:
+        raise _wrong(f"{port[1]} is no port", f"write a port from 1 to {MAX_PORT}")
+    return url
+
+
+# not one in the machine: VictoriaMetrics is there already, and agents might be what answers
+MetricsUrl = Annotated[
+    str,
+    _word(
+        r"(https://[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|http://10\.0\.2\.2)(:[0-9]{1,5})?"
+        r"(/[A-Za-z0-9._~/-]{0,512})?",
+        "the address of a receiver of metrics (https, or http to 10.0.2.2, which is this host; "
+        "nothing secret in it)",
+        "'https://metrics.example.org/api/v1/write'",
+    ),
+    AfterValidator(_its_port_exists),
+]
+
+
 def _certificates(value: str) -> str:
     """The certificates of a PEM text and nothing else that may stand in it, such as a key."""
     from cryptography import x509  # noqa: PLC0415 - 60 ms that most profiles need not pay
@@ -540,8 +561,16 @@ class MonitoringSection(_Section):
     """Where metrics and alerts go beside this machine, and whether there are dashboards in it."""
 
     grafana: GrafanaSection = GrafanaSection()
-    remote_write: Annotated[tuple[Url, ...], Field(max_length=4)] = ()
+    remote_write: Annotated[tuple[MetricsUrl, ...], Field(max_length=4)] = ()
     receivers: Annotated[tuple[ReceiverSection, ...], Field(max_length=3)] = ()
+
+    @field_validator("remote_write")
+    @classmethod
+    def _receivers_differ(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        for i, one in enumerate(given):
+            if one in given[:i]:  # Prometheus would not start
+                raise _wrong(f"{one!r} is there twice", "name each receiver once", (i,))
+        return given
 
     @field_validator("receivers")
     @classmethod

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -45,6 +46,23 @@ class Backoff:
         self._failures = 0
 
 
+class _OutputError(Exception):
+    """Where `work` writes to failed, not the connection."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+@contextlib.contextmanager
+def output() -> Iterator[None]:
+    """For what `work` prints: its OSError (a reader went away, a full disk) ends `stay`."""
+    try:
+        yield
+    except OSError as e:
+        raise _OutputError(e) from e
+
+
 def stay(
     instance: Instance,
     work: Callable[[ssh.Connection, Callable[[], None]], None],
@@ -54,7 +72,7 @@ def stay(
 
     `work` calls what it is given when something came through, which ends the backing off; it
     may return to be called once more. `lost` is told of each break and each vain attempt. Ends
-    by what `work` raises else, such as RavectlError, and by Ctrl-C.
+    by what `work` raises else, such as RavectlError or within `output`, and by Ctrl-C.
     """
     backoff = Backoff()
     while True:
@@ -64,6 +82,8 @@ def stay(
                 raise ConnectionError(f"the machine is {state.value}")
             with lifecycle.connect_again(instance) as connection:
                 work(connection, backoff.worked)
+        except _OutputError as e:
+            raise e.error from None
         except OSError as e:
             why = backoff.failed(" ".join(str(e).split()) or type(e).__name__)
             lost(why)

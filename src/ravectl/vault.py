@@ -436,6 +436,18 @@ def delivery(
     return found
 
 
+def unreachable(plan: Plan, shared: Vault) -> list[tuple[str, str]]:
+    """Whom alerts should go to and cannot, for want of a secret: what is wrong, what mends it."""
+    return [
+        (
+            f"no alert reaches {r.kind.value}: {r.secret} is missing",
+            f"ravectl secrets set {r.secret}",
+        )
+        for r in plan.alert_receivers
+        if r.secret is not None and r.secret not in shared.values
+    ]
+
+
 def _value(
     s: Secret, plan: Plan, shared: Vault, machine: Vault, operator_keys: Iterable[str]
 ) -> str | None:

@@ -110,7 +110,8 @@ def watch(
                 lines.clear()
                 before = since(before, seen)
                 worked()
-                show(before)
+                with reconnect.output():
+                    show(before)
             return len(lines) < MAX_LINES
 
         end = connection.stream(

@@ -58,6 +58,10 @@ def amount(low: int, high: int, unit: str) -> st.SearchStrategy[str]:
     return st.integers(low, high).map(lambda n: f"{n} {unit}")
 
 
+METRICS_URLS = st.from_regex(
+    r"(https://[a-z0-9][a-z0-9.-]{0,38}[a-z0-9]|http://10\.0\.2\.2)(:[1-9][0-9]{0,3})?(/[A-Za-z0-9._~/-]{0,40})?",
+    fullmatch=True,
+)
 PROVIDERS = st.fixed_dictionaries(
     {
         "name": NAMES,
@@ -105,7 +109,7 @@ def profiles(draw: st.DrawFn) -> dict[str, Any]:
     )
     egress = draw(st.booleans())
     return {
-        "monitoring": {"remote_write": [draw(PROVIDERS)["url"]]} if egress else {},
+        "monitoring": {"remote_write": [draw(METRICS_URLS)]} if egress else {},
         "name": draw(NAMES.filter(lambda name: name not in SHIPPED_NAMES)),
         "machine": {
             "memory": f"{memory} MB",

@@ -368,6 +368,8 @@ def test_each_alert_has_a_runbook_and_each_runbook_an_alert(rules: Path) -> None
         assert text.startswith(f"# {name}\n")
         for part in ("## Look", "## Mend"):
             assert part in text, name
+        # the operator's account sees none of the system's journal; journalctl does not say so
+        assert "exec -- journalctl" not in text, name
 
 
 def test_the_plan_names_the_alerts(rules: Path) -> None:

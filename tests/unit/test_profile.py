@@ -682,7 +682,11 @@ def test_receivers_and_endpoints_get_into_the_plan(tmp_path: Path) -> None:
         (OPEN + "monitoring: {receivers: [{kind: webhook}, {kind: webhook}]}", "is there twice"),
         (OPEN + "monitoring: {receivers: [{kind: slack, channel: ops}]}", "is not a channel"),
         (OPEN + "monitoring: {receivers: [{kind: email, to: a@b.org}]}", "lacks from, smarthost"),
-        (OPEN + "monitoring: {remote_write: [http://x.org/w]}", "is not the address of an API"),
+        (OPEN + "monitoring: {remote_write: [http://x.org/w]}", "is not the address of a receiver"),
+        (OPEN + "monitoring: {remote_write: ['https://x.org/w?token=x']}", "nothing secret in it"),
+        (OPEN + "monitoring: {remote_write: ['http://127.0.0.1:8428/api/v1/write']}", "is not the"),
+        (OPEN + "monitoring: {remote_write: ['https://x.org:99999/w']}", "99999 is no port"),
+        (OPEN + "monitoring: {remote_write: [https://x.org/w, https://x.org/w]}", "there twice"),
     ],
 )
 def test_receivers_that_cannot_work_are_refused(tmp_path: Path, text: str, cause: str) -> None:

@@ -11,7 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from ravectl import audit, credentials, delivery, files, journal, profile, rotate, sops, vault
+from ravectl import (
+    audit,
+    credentials,
+    delivery,
+    files,
+    journal,
+    model,
+    profile,
+    rotate,
+    sops,
+    vault,
+)
 from ravectl.errors import HostError, RavectlError, UsageError
 from ravectl.model import EngineName, SecretKind, SecretScope
 from ravectl.plan import SECRETS, make_plan
@@ -321,6 +332,24 @@ def findings(made: Places, identity: Identity) -> list[str]:
 
 def test_a_fresh_workspace_is_in_order(made: Places, identity: Identity) -> None:
     assert findings(made, identity) == []
+
+
+def test_a_receiver_that_no_alert_can_reach_is_told(made: Places, identity: Identity) -> None:
+    told = [
+        model.AlertReceiver(model.ReceiverKind.WEBHOOK),
+        model.AlertReceiver(model.ReceiverKind.SLACK, channel="#ops"),
+        model.AlertReceiver(model.ReceiverKind.EMAIL, to="a@b.org", username="a"),
+        model.AlertReceiver(model.ReceiverKind.EMAIL, to="a@b.org"),
+    ]
+    plan = dataclasses.replace(PLAN, alert_receivers=tuple(told))
+    shared = vault.read(made.shared, identity)
+    names = ["alerts/webhook-url", "alerts/slack-url", "alerts/smtp-password"]
+    assert vault.unreachable(plan, shared) == [
+        (f"no alert reaches {kind}: {name} is missing", f"ravectl secrets set {name}")
+        for kind, name in zip(("webhook", "slack", "email"), names, strict=True)
+    ]
+    held = dataclasses.replace(shared, values={**shared.values, **dict.fromkeys(names, "x")})
+    assert vault.unreachable(plan, held) == []
 
 
 def changed(made: Places, identity: Identity, change: Callable[[Vault], Vault]) -> None:

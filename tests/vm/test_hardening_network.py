@@ -127,6 +127,17 @@ def test_headers_that_do_not_come_hold_no_door_shut(machine: Tool) -> None:
             one.close()
 
 
+def test_a_burst_of_strangers_is_told(machine: Tool) -> None:
+    """Also when they are the first to be refused there: no series begins with them."""
+    port, ca = machine.instance().endpoint().https_port, machine.workspace / ".rave/ca/ca.crt"
+    since = time.time()
+    end = time.monotonic() + 30
+    with web.Client(port, "kanban.localhost", web.trusting(ca), end) as client:
+        assert [client.get("/", {}).status for _ in range(30)] == [401] * 30
+    assert time.time() - since < 8, "they come between two scrapes"
+    alerted(machine, {"AuthFailures"}, since, 60)
+
+
 def test_guesses_of_a_key_lock_the_operator_out_for_less_than_a_minute(machine: Tool) -> None:
     target = machine.instance().target()
     since = time.time()

@@ -53,6 +53,21 @@ def line(process: subprocess.Popen[str], seconds: float = 60) -> str:
     return got[0]
 
 
+@pytest.mark.parametrize(
+    "words", [("logs", "--follow"), ("status", "--watch", "--name", "default", "--interval", "1")]
+)
+def test_it_ends_when_nobody_reads_it(machine: Tool, words: tuple[str, ...]) -> None:
+    with started(machine, *words) as process:
+        line(process)
+        assert process.stdout is not None
+        process.stdout.close()
+        for _ in range(3):
+            machine("exec", "--", "logger", "-t", "tick", "again")
+        assert process.wait(30) == 1
+        assert process.stderr is not None
+        assert "no connection" not in process.stderr.read()
+
+
 def test_logs_and_status_go_on_over_a_lost_connection(machine: Tool) -> None:
     machine("exec", "--", "logger", "-t", "tick", "number", "0")
     # the last lines are counted before they are filtered, as journalctl does while it follows

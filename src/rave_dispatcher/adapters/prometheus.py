@@ -15,6 +15,8 @@ from rave_dispatcher.application.ports import Figures
 from rave_dispatcher.domain.metrics import Metric
 from rave_dispatcher.domain.tasks import AgentType, Outcome
 
+_WEBHOOK_FAILURES = ("400", "401", "404", "413", "415", "429", "500", "503", "507")
+_AUTH_FAILURES = ("api-token", "alerts-token", "no-secret", "timestamp", "signature", "missing")
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2.5, 5, 10)
 _SLOW = (0.1, 0.5, 1, 5, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600)
 
@@ -53,6 +55,9 @@ class Metrics:
         self._requests = Counter(
             f"{ns}_http_requests", "Requests", ["method", "route", "status"], registry=r
         )
+        # here and below: a series that began with the failures would be no increase of anything
+        for status in _WEBHOOK_FAILURES:
+            self._requests.labels("POST", "/webhooks/{source}", status)
         self._seconds = Histogram(
             f"{ns}_http_request_duration_seconds", "Time until the answer", ["route"],
             buckets=_FAST, registry=r,
@@ -71,6 +76,8 @@ class Metrics:
             f"{ns}_webhooks_refused", "Refused deliveries", ["source", "reason"], registry=r
         )
         self._auth = Counter(f"{ns}_auth_failures", "Requests by who may not", ["kind"], registry=r)
+        for kind in _AUTH_FAILURES:
+            self._auth.labels(kind)
         self._limited = Counter(f"{ns}_rate_limited", "Requests beyond the rate", registry=r)
         self._latency = Histogram(
             f"{ns}_event_processing_seconds", "From receipt until the rules saw it",
@@ -86,7 +93,6 @@ class Metrics:
             f"{ns}_task_attempts", "Attempts at tasks", ["agent_type", "outcome"], registry=r
         )
         for kind, outcome in itertools.product(AgentType, Outcome):
-            # from the start: the first failure would else be no increase of anything
             self._attempts.labels(kind.value, outcome.value)
         self._durations = Histogram(
             f"{ns}_task_duration_seconds", "Time of an attempt", ["agent_type"], buckets=_SLOW,

@@ -161,12 +161,14 @@ def _watch(
             raise ConnectionError("the SSH connection is gone")
         worked()
         news = verification.changes(last, report)
-        if as_json:
-            for r in news:
-                print(json.dumps({"instance": found.name, "time": report.started, **to_json(r)}))
-        elif news:
-            print("\n".join(verification.lines(news, report.started)))
-        sys.stdout.flush()
+        with reconnect.output():
+            if as_json:
+                about = {"instance": found.name, "time": report.started}
+                for r in news:
+                    print(json.dumps(about | to_json(r)))
+            elif news:
+                print("\n".join(verification.lines(news, report.started)))
+            sys.stdout.flush()
         last = report
         time.sleep(interval)
 
