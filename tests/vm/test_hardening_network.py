@@ -129,6 +129,13 @@ def test_headers_that_do_not_come_hold_no_door_shut(machine: Tool) -> None:
 
 def test_a_burst_of_strangers_is_told(machine: Tool) -> None:
     """Also when they are the first to be refused there: no series begins with them."""
+    asked = "http://127.0.0.1:9090/api/v1/query?query=rave_http_requests_total"
+    for _ in range(60):  # two scrapes after a start
+        if '"kanban-host"' in machine("exec", "--", "curl", "-sS", asked).stdout:
+            break
+        time.sleep(0.5)
+    else:
+        pytest.fail("there are no series before anybody is refused")
     port, ca = machine.instance().endpoint().https_port, machine.workspace / ".rave/ca/ca.crt"
     since = time.time()
     end = time.monotonic() + 30
