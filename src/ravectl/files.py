@@ -150,6 +150,20 @@ def write_atomic(path: Path, data: bytes | str, mode: int = 0o644) -> None:
         raise
 
 
+def write_out(path: Path, text: str) -> None:
+    """Write what a person asked for to where he said: a file, or a device, pipe or link there.
+
+    Raises HostError when it cannot be.
+    """
+    if not path.exists() or path.is_file():
+        write_atomic(path.resolve(), text)
+        return
+    try:
+        path.write_text(text)  # replaced, it would be no device any more
+    except OSError as e:
+        raise _unwritable(path, e) from None
+
+
 def write_json(path: Path, value: object, mode: int = 0o644) -> None:
     """Write `value` as readable JSON with sorted keys, atomically."""
     write_atomic(path, json.dumps(value, indent=2, sort_keys=True) + "\n", mode)

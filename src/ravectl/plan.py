@@ -177,6 +177,8 @@ SYSCTLS = {
     "fs.protected_regular": "2",
     # memory is written to no disk: no dumps, and nothing is swapped before it must be
     "fs.suid_dumpable": "0",
+    # a way around filters of system calls, with a history; nothing here uses it
+    "kernel.io_uring_disabled": "2",
     "kernel.core_pattern": "|/bin/false",
     "kernel.core_uses_pid": "1",
     "vm.swappiness": "1",
@@ -237,8 +239,9 @@ SETUID = {
     ),
 }  # fmt: skip
 
-# What the kernel notes in the journal: who opens a secret by hand, who is refused one, who uses
-# sudo and who changes its rules. Services that read their own are none of it: nobody signed in.
+# What the kernel notes in the journal: who opens a secret by hand, who uses sudo and who changes
+# its rules. Nothing that a service or an agent does is noted: nobody signed in, and it could fill
+# the journal, or make so many notes that those of others are lost.
 _OPEN = "-a always,exit -F arch=b64 -S open,openat,openat2"
 
 
@@ -251,7 +254,6 @@ def _audit(engine: EngineName, *sudoers: str) -> tuple[str, ...]:
         "-a always,exclude -F msgtype=PROCTITLE",
         "-a always,exclude -F msgtype=BPF",
         f"{_OPEN} -F dir=/run/secrets.d -F auid>=1000 -F auid!=-1 {secrets}",
-        f"{_OPEN} -F dir=/run/secrets.d -F exit=-EACCES {secrets}",
         f"-a always,exit -F arch=b64 -S execve,execveat -F path={SETUID[engine.value][0]} {sudo}",
         *(f"-a always,exit -F arch=b64 -S all {where} -F perm=wa {sudo}" for where in sudoers),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -77,10 +78,21 @@ def verify(
                 "give it with --suite, --check, --interval and --json alone",
             )
         _watch(found, _suites(suite), set(check) if check else None, interval, fmt == "json")
+    _check_writable([p for p in (output, junit, markdown) if p is not None])
     report = _report(found, _suites(suite), set(check) if check else None, disruptive)
     _hand_out(report, fmt, output, {"junit": junit, "markdown": markdown})
     if not report.holds:
         raise typer.Exit(EXIT_CHECK)
+
+
+def _check_writable(paths: list[Path]) -> None:
+    """Before a minute of verification, say where its report cannot go."""
+    if len({p.resolve() for p in paths}) < len(paths):
+        raise UsageError("two reports go to one file", "name a file for each")
+    for path in paths:
+        folder = path.resolve().parent
+        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise UsageError(f"{str(path)!r} cannot be written", "name a file in a folder of yours")
 
 
 def _hand_out(report: Report, fmt: str, output: Path | None, also: dict[str, Path | None]) -> None:
@@ -90,14 +102,14 @@ def _hand_out(report: Report, fmt: str, output: Path | None, also: dict[str, Pat
 
     for form, path in also.items():
         if path is not None:
-            files.write_atomic(path, verification.render(report, form))
+            files.write_out(path, verification.render(report, form))
     terminal = output is None and sys.stdout.isatty()
     width = shutil.get_terminal_size((100, 24)).columns
     text = verification.render(report, fmt, terminal=terminal, width=width)
     if output is None:
         sys.stdout.write(text)
     else:
-        files.write_atomic(output, text)
+        files.write_out(output, text)
     if output is not None or fmt not in ("table", "markdown"):
         console.note(verification.summary(report))  # the others say it themselves
 

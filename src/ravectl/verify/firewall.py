@@ -20,9 +20,10 @@ ChainKey = tuple[str, str, str]  # family, table, name
 
 @dataclass
 class Ruleset:
-    """The parts of a ruleset that decide what comes in."""
+    """The parts of a ruleset that decide what comes in and what goes out."""
 
     hooks: list[tuple[ChainKey, str]] = field(default_factory=list)  # input chains, policy
+    outward: list[tuple[ChainKey, str]] = field(default_factory=list)  # output chains, policy
     rules: dict[ChainKey, list[Rule]] = field(default_factory=dict)
     sets: dict[ChainKey, list[Any]] = field(default_factory=dict)
 
@@ -44,8 +45,9 @@ def _take(found: Ruleset, item: Mapping[str, Any]) -> None:
         chain = item["chain"]
         key = (chain["family"], chain["table"], chain["name"])
         found.rules.setdefault(key, [])
-        if chain.get("hook") == "input" and chain.get("type") == "filter":
-            found.hooks.append((key, str(chain.get("policy", "accept"))))
+        hooks = {"input": found.hooks, "output": found.outward}
+        if chain.get("hook") in hooks and chain.get("type") == "filter":
+            hooks[chain["hook"]].append((key, str(chain.get("policy", "accept"))))
     elif "rule" in item:
         rule = item["rule"]
         key = (rule["family"], rule["table"], rule["chain"])
@@ -73,6 +75,56 @@ def faults(ruleset: Ruleset, open_ports: Sequence[int]) -> list[str]:
     found += [f"the firewall accepts port {p}" for p in sorted(accepted - set(open_ports))][:5]
     found += [f"the firewall does not accept port {p}" for p in open_ports if p not in accepted]
     return found
+
+
+def outward_faults(ruleset: Ruleset) -> list[str]:
+    """Why something could go out of a machine that reaches nothing but itself."""
+    guards = [key for key, policy in ruleset.outward if policy == "drop"]
+    covered = {k[0] for k in guards}
+    if "inet" not in covered and not {"ip", "ip6"} <= covered:
+        return ["no output chain drops what it does not know"]
+    return [
+        f"the firewall lets out: {_describe(matches)}"
+        for key in guards
+        for matches in _accepting(ruleset, key, (), 0)
+        if not any(_is_within(m) or _is_answer(m) for m in matches)
+    ]
+
+
+def _is_within(condition: Any) -> bool:
+    """Whether it holds only of what does not leave the machine."""
+    keys = ({"meta": {"key": key}} for key in ("oif", "oifname"))
+    return any(condition == {"match": {"op": "==", "left": k, "right": "lo"}} for k in keys)
+
+
+def _is_answer(condition: Any) -> bool:
+    """Whether it holds only of packets of connections that are there."""
+    match = condition.get("match") if isinstance(condition, dict) else None
+    if not isinstance(match, dict) or match.get("left") != {"ct": {"key": "state"}}:
+        return False
+    right = match.get("right")
+    return match.get("op") in ("in", "==") and {"established", "related"} >= set(
+        right if isinstance(right, list) else [right]
+    )
+
+
+def unlimited(ruleset: Ruleset, open_ports: Sequence[int]) -> list[int]:
+    """Ports at which new connections are not limited by address."""
+    limited = set()
+    for key, _ in ruleset.hooks:
+        for rule in ruleset.rules.get(key, []):
+            drops = any(isinstance(p, dict) and "drop" in p for p in rule)
+            counts = any(
+                isinstance(p, dict) and '"limit"' in json.dumps(p.get("set")) for p in rule
+            )
+            if drops and counts:
+                limited |= {p for p in open_ports if _names_port(rule, p)}
+    return [p for p in open_ports if p not in limited]
+
+
+def _names_port(rule: Rule, port: int) -> bool:
+    left = {"payload": {"protocol": "tcp", "field": "dport"}}
+    return {"match": {"op": "==", "left": left, "right": port}} in rule
 
 
 def _accepting(

@@ -6,7 +6,7 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping
 
-from ravectl.model import Suite
+from ravectl.model import AUDIT_A_SECOND, Suite
 from ravectl.verify import guest
 from ravectl.verify.framework import (
     Check,
@@ -51,6 +51,7 @@ for unit in %(confined)s; do
   echo "$unit $profile"
 done 2>/dev/null
 echo '== audited =='
+echo "journal $(systemctl is-active systemd-journald-audit.socket)"
 auditctl -s 2>&1
 auditctl -l 2>&1
 """
@@ -122,8 +123,16 @@ def audit_faults(rules: Iterable[str], text: str) -> list[str]:
     lines = text.splitlines()
     if not {"enabled 1", "enabled 2"} & set(lines):
         return ["the kernel notes nothing: auditing is off"]
-    there = {_audited(line) for line in lines}
-    return [f"the kernel does not note: {rule}" for rule in rules if _audited(rule) not in there]
+    wanted = {_audited(rule): rule for rule in rules}
+    there = {_audited(line): line for line in lines if line.startswith("-")}
+    faults = [f"the kernel does not note: {r}" for key, r in wanted.items() if key not in there]
+    # another may say that nothing is noted
+    faults += [f"the kernel has another rule: {r}" for key, r in there.items() if key not in wanted]
+    if f"rate_limit {AUDIT_A_SECOND}" not in lines:
+        faults.append(f"the kernel's notes are not limited to {AUDIT_A_SECOND} a second")
+    if "journal active" not in lines:
+        faults.append("the journal does not take the kernel's notes")
+    return faults
 
 
 def _audited(rule: str) -> frozenset[tuple[str, str]]:

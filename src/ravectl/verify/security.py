@@ -62,6 +62,12 @@ MUST_BE = {
     "permittunnel": ("no",),
     "x11forwarding": ("no",),
     "permituserenvironment": ("no",),
+    # nobody else says who may sign in, and nobody may guess for ever
+    "authorizedkeysfile": ("/run/secrets/ssh/authorized-keys",),
+    "authorizedkeyscommand": ("none",),
+    "authorizedprincipalscommand": ("none",),
+    "trustedusercakeys": ("none",),
+    "persourcepenaltyexemptlist": ("none",),
 }
 OPTIONAL = {"gssapiauthentication"}  # builds without GSSAPI do not print it
 MODERN = {
@@ -115,6 +121,8 @@ if [[ $listeners =~ $daemon ]]; then
   mapfile -d '' -t words <"/proc/$pid/cmdline"
   [[ "${words[*]}" =~ $option ]] && file=(-f "${BASH_REMATCH[1]}")
   "/proc/$pid/exe" -T "${file[@]}" -C user=%(user)s,host=x,addr=10.0.2.2 2>&1
+  echo '== conditions =='
+  grep -hiE '^[[:space:]]*(match|include)([[:space:]]|=)' "${file[1]:-/etc/ssh/sshd_config}"
 fi
 """
 
@@ -153,7 +161,7 @@ def judge_sshd(subject: Subject, output: str) -> Judgement:
     """sshd takes keys only and modern algorithms only, and refused a password and root."""
     expected = "keys only, no root login, modern algorithms; a password and root are refused"
     parts = guest.sections(output)
-    if parts is None or not {"sshd", "tries"} <= parts.keys():
+    if parts is None or not {"sshd", "conditions", "tries"} <= parts.keys():
         return unreadable(expected, "sshd's configuration or the logins tried are missing")
     settings = {k.lower(): v for k, _, v in (x.partition(" ") for x in parts["sshd"].splitlines())}
     if "passwordauthentication" not in settings:
@@ -165,6 +173,10 @@ def judge_sshd(subject: Subject, output: str) -> Judgement:
     if offer is None or password is None or root is None:
         return unreadable(expected, _why_no_try(rows))
     faults = setting_faults(settings)
+    if settings.get("allowusers") != subject.plan.operator:
+        faults.append(f"allowusers is {settings.get('allowusers', 'not set')}")
+    # what was asked is what sshd does for the operator who comes from the host, and for nobody else
+    faults += [f"sshd makes exceptions: {line}" for line in parts["conditions"].splitlines()]
     faults += [f"sshd offers {f}" for f in _algorithm_faults(offer, OFFERED)]
     if password["outcome"] != sshprobe.REFUSED or password.get("methods") != ["publickey"]:
         faults.append(f"a password login: {password['outcome']}, methods {password.get('methods')}")
@@ -274,6 +286,11 @@ def judge_border(subject: Subject, output: str) -> Judgement:
         return unreadable(expected, "what the machine's accounts reach could not be tried")
     faults = inner + listeners.faults(sockets, ports, subject.plan.listeners())
     faults += firewall.faults(rules, ports)
+    faults += [
+        f"new connections to port {p} are not limited" for p in firewall.unlimited(rules, ports)
+    ]
+    if not subject.plan.network.egress:
+        faults += firewall.outward_faults(rules)
     for address, port, is_open in answers:
         if is_open != (port in ports):
             faults.append(f"{address}:{port} {'answers' if is_open else 'does not answer'}")

@@ -26,6 +26,8 @@ SANDBOX = (
     "PrivateTmp=yes",
     "PrivateDevices=yes",
     "PrivateIPC=yes",
+    # what is left there would be counted against the tasks that follow
+    "TemporaryFileSystem=/dev/shm:mode=1777,nosuid,nodev,noexec,size=25%",
     "PrivatePIDs=yes",  # of one account, tasks could end and read one another
     "ProtectClock=yes",
     "ProtectControlGroups=yes",
