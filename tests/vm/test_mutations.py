@@ -196,10 +196,6 @@ MUTATIONS = (
         "mount -o remount,exec /dev/shm", "mount -o remount,noexec /dev/shm",
     ),
     Mutation(
-        "nobody notes who uses sudo", "X5", "does not note: .*/usr/bin/sudo",
-        "auditctl -D >/dev/null", "systemctl restart rave-audit",
-    ),
-    Mutation(
         "a unit's sandbox is open", "X6", "vibe-kanban.service is exposed",
         *setting("vibe-kanban.service",
                  "ProtectSystem=no\\nPrivateDevices=no\\nRestrictNamespaces=no"),
@@ -223,7 +219,8 @@ MUTATIONS = (
             "s.execute('drop table mutation')\n"
         ),
     ),
-    # the last, because the dispatcher does not start on such a store
+    # where it stands, because the dispatcher does not start on such a store: in none of its two
+    # rounds is a mutation that restarts it
     Mutation(
         "an index of the event store lacks a row", "D2", "metrics_timestamp",
         store(
@@ -241,6 +238,10 @@ MUTATIONS = (
             "s.execute('reindex metrics_timestamp')\n"
             "s.execute(\"delete from metrics where name = 'mutation'\")\n"
         ),
+    ),
+    Mutation(
+        "nobody notes who uses sudo", "X5", "does not note: .*/usr/bin/sudo",
+        "auditctl -D >/dev/null", "systemctl restart rave-audit",
     ),
 )  # fmt: skip
 
