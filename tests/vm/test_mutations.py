@@ -126,8 +126,9 @@ MUTATIONS = (
     ),
     Mutation(
         "the ingress halts again and again", "H4", "ms",
-        "systemd-run -q --unit=rave-mutation-halts bash -c '"
-        "while sleep 0.6; do pkill -STOP -x nginx; sleep 0.4; pkill -CONT -x nginx; done'",
+        # a builtin's: a search for them each time would keep what measures from the processors
+        'systemd-run -q --unit=rave-mutation-halts bash -c "while sleep 0.6; do '
+        'kill -STOP $(pgrep -xd " " nginx); sleep 0.4; kill -CONT $(pgrep -xd " " nginx); done"',
         "systemctl stop rave-mutation-halts; pkill -CONT -x nginx; true",
     ),
     Mutation(

@@ -95,6 +95,13 @@ def _collect_rules(target: VerifyTarget, deadline: float) -> str:
 RULES = Probe("rules", _collect_rules, 45.0)
 
 
+def _said(parts: Mapping[str, str]) -> str:
+    """What came in place of an answer, such as curl's words of why there is none."""
+    asked = ((name, parts.get(name, "")) for name in ("rules", "receivers", "alertmanagers"))
+    bad = [f"{name}: {text.strip()[:120]}" for name, text in asked if _document(text) is None]
+    return f" ({'; '.join(bad)})" if bad else ""
+
+
 def _document(text: str | None) -> Any:
     try:
         return json.loads(text or "")
@@ -124,7 +131,8 @@ def judge_rules(subject: Subject, output: str) -> Judgement:
         seen = {str(r["name"]) for r in receivers}
         active = _data(parts.get("alertmanagers"))["activeAlertmanagers"]
     except (KeyError, TypeError):
-        return unreadable(expected, "no answer of Prometheus or Alertmanager about rules")
+        cause = "no answer of Prometheus or Alertmanager about rules"
+        return unreadable(expected, f"{cause}{_said(parts)}")
     if not rules or not isinstance(flags, dict):
         return unreadable(expected, "Prometheus says nothing of its rules and limits")
     faults = [f"alert {n} is not loaded" for n in plan.alerts if n not in found]
