@@ -126,13 +126,13 @@ MUTATIONS = (
     ),
     Mutation(
         "the ingress halts again and again", "H4", "ms",
-        # a builtin's: a search for them each time would keep what measures from the processors
-        'systemd-run -q --unit=rave-mutation-halts bash -c "while sleep 0.6; do '
-        'kill -STOP $(pgrep -xd " " nginx); sleep 0.4; kill -CONT $(pgrep -xd " " nginx); done"',
+        # a search for them each time would keep what measures from the processors; $$ is systemd's $
+        "systemd-run -q --unit=rave-mutation-halts bash -c 'pids=$(pgrep -x nginx); "
+        "while sleep 0.6; do kill -STOP $$pids; sleep 0.4; kill -CONT $$pids; done'",
         "systemctl stop rave-mutation-halts; pkill -CONT -x nginx; true",
     ),
     Mutation(
-        "tasks end in failure", "H5", r"its task is pending \(error\)",
+        "tasks end in failure", "H5", r"its task is (pending \(error\)|running)",
         *edit(DISPATCHER, "command: [/usr/bin/env, tee, TASK.md]", "command: [/bin/false]",
               RESTART),
     ),
