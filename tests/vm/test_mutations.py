@@ -126,7 +126,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the ingress halts again and again", "H4", "ms",
-        # a search for them each time would keep what measures from the processors; $$ is systemd's $
+        # searching each time would keep the processors from what measures; $$ is systemd's $
         "systemd-run -q --unit=rave-mutation-halts bash -c 'pids=$(pgrep -x nginx); "
         "while sleep 0.6; do kill -STOP $$pids; sleep 0.4; kill -CONT $$pids; done'",
         "systemctl stop rave-mutation-halts; pkill -CONT -x nginx; true",
