@@ -156,7 +156,7 @@ def write_out(path: Path, text: str) -> None:
     Raises HostError when it cannot be.
     """
     if not path.exists() or path.is_file():
-        write_atomic(path.resolve(), text)
+        write_atomic(Path(os.path.realpath(path)), text)
         return
     try:
         path.write_text(text)  # replaced, it would be no device any more

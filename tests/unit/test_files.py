@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -21,6 +22,21 @@ def test_private_file_is_private_and_replaced_whole(tmp_path: Path) -> None:
     assert path.read_text() == "new"
     assert path.stat().st_mode & 0o777 == 0o600
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_written_out_replaces_no_device_and_no_link(tmp_path: Path) -> None:
+    target, link, pipe = tmp_path / "target", tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to(target)
+    files.write_out(link, "report")
+    assert (link.is_symlink(), target.read_text()) == (True, "report")
+    os.mkfifo(pipe)
+    with subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE, text=True) as reader:
+        files.write_out(pipe, "report")
+        assert reader.communicate(timeout=20)[0] == "report"
+    assert pipe.is_fifo()
+    with pytest.raises(HostError):
+        files.write_out(Path("/dev/full"), "report")
+    assert Path("/dev/full").is_char_device()
 
 
 def test_unwritable_folder_names_cause_and_remedy(tmp_path: Path) -> None:

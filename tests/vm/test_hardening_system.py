@@ -139,12 +139,13 @@ def notes(tool: Tool, words: str) -> list[dict[str, str]]:
 def test_who_opens_a_secret_is_noted(shell: Tool) -> None:
     """An operator is; services and agents, who could make too many of them, are not."""
     secret = "/run/secrets/dispatcher/api-token"
-    assert "Permission denied" in run(shell, f"cat {secret} 2>&1; logger -t audit rave-secrets")[1]
+    forged = 'SYSCALL success=yes auid=1000 uid=0 comm="cat" key="rave-secrets"'
+    script = f"cat {secret} 2>&1; logger -t audit '{forged}'"
+    assert "Permission denied" in run(shell, script)[1]
     root(shell, f"systemd-run -q --wait --uid=vibe-kanban cat {secret} || true")
     root(shell, f"cat {secret} >/dev/null")
     made = [n for n in notes(shell, 'SYSCALL.*key="rave-secrets"') if n["comm"] == "cat"]
     assert [(n["success"], n["auid"], n["uid"]) for n in made] == [("yes", "1000", "0")]
-    assert len(notes(shell, "rave-secrets")) >= len(made)
     assert all(n.get("auid") == "1000" for n in notes(shell, "SYSCALL.*rave-secrets"))
     assert notes(shell, 'SYSCALL.*comm="sudo".*key="rave-sudo"')[-1]["auid"] == "1000"
     assert root(shell, "auditctl -s | grep ^lost") == "lost 0\n"

@@ -87,11 +87,12 @@ def verify(
 
 def _check_writable(paths: list[Path]) -> None:
     """Before a minute of verification, say where its report cannot go."""
-    if len({p.resolve() for p in paths}) < len(paths):
+    if len({os.path.realpath(p) for p in paths}) < len(paths):
         raise UsageError("two reports go to one file", "name a file for each")
     for path in paths:
-        folder = path.resolve().parent
-        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        there = path.exists() and not path.is_file()  # a device or a pipe, which is written to
+        folder = Path(os.path.realpath(path)).parent
+        if path.is_dir() or not os.access(path if there else folder, os.W_OK):
             raise UsageError(f"{str(path)!r} cannot be written", "name a file in a folder of yours")
 
 

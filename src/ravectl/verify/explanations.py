@@ -144,8 +144,8 @@ EXPLANATIONS: Final[Mapping[str, Explanation]] = {
     ),
     "X1": Explanation(
         "SSH takes keys only, never root, post-quantum exchanges and modern algorithms only, "
-        "forwards nothing, blocks after three failures; asked of the daemon's configuration "
-        "and tried from outside",
+        "forwards nothing, blocks after three failures, makes no exceptions; asked of the "
+        "daemon's configuration and tried from outside",
         "guessed passwords and broken cryptography on the port that gives a shell",
         "sshd -T of the daemon that listens, the algorithms of its own key exchange, a password "
         "and root tried from outside",
@@ -154,8 +154,8 @@ EXPLANATIONS: Final[Mapping[str, Explanation]] = {
     ),
     "X2": Explanation(
         "nothing but 22 and 3002 can be reached; every listener is the Plan's; the firewall "
-        "drops the rest; accounts that run foreign code reach of the services their own and "
-        "the router",
+        "drops the rest, limits new connections and, without `network.egress`, lets nothing out; "
+        "accounts that run foreign code reach of the services their own and the router",
         "network attacks on services that were meant for the machine itself",
         "ss, the rules of nftables followed to each accept, and connections to the machine's own "
         "outer address",
