@@ -23,6 +23,22 @@ settings.register_profile("rave", deadline=None)
 settings.load_profile("rave")
 
 
+# Files whose tests take long and share nothing: they need not run one after the other.
+SPREAD = {"test_build.py", "test_nix_build.py", "test_rotation_states.py", "test_secrets_cli.py"}
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Each file to one worker; and no second machine beside the one that tests share.
+
+    Two machines on two processors make one another miss their deadlines.
+    """
+    for item in items:
+        if item.path.name not in SPREAD:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+    items.sort(key=lambda item: "machine" in getattr(item, "fixturenames", ()))
+
+
 @dataclass
 class Tool:
     """ravectl in a workspace, as a person runs it."""

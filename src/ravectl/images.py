@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ravectl import console, files, imagelock, model, signing, vault
+from ravectl import console, files, imagelock, inventory, model, signing, vault
 from ravectl.engines import debian, disk, nix
 from ravectl.errors import RavectlError
 from ravectl.model import (
@@ -29,6 +29,7 @@ from ravectl.model import (
 from ravectl.render import render, write_tree
 from ravectl.workspace import Workspace
 
+PARTS = ("vmlinuz", "initrd", inventory.NAME)  # beside the disk, where the engine makes them
 IMAGE_BYTES = 3 * 2**30  # of disk while an image is made: raw and converted, measured 2.3 GB
 
 
@@ -253,6 +254,8 @@ def _make_debian(inputs: Inputs, target: Path) -> None:
             debian.drop_setuid(root, inputs.plan.hardening.setuid[EngineName.DEBIAN])
             debian.close_cron(root)
             debian.compile_python(root, f"{debian.DISPATCHER}/rave_dispatcher")
+            held = inventory.dump(inventory.take(root))
+            (target / inventory.NAME).write_bytes(held)
         with console.step("file system"):
             raw = image if inputs.format is ImageFormat.RAW else work / "disk.raw"
             debian.make_filesystem(root, raw, inputs.plan.machine.disk_gb, inputs.plan.hostname)
@@ -338,7 +341,7 @@ def _write_manifest(
 ) -> None:
     parts = [
         p
-        for p in (disk_of(target, inputs.format), target / "vmlinuz", target / "initrd")
+        for p in (disk_of(target, inputs.format), *(target / name for name in PARTS))
         if p.exists()
     ]
     manifest = {

@@ -19,6 +19,7 @@ from ravectl import (
     files,
     health,
     images,
+    inventory,
     journal,
     kvm,
     qemu,
@@ -665,8 +666,15 @@ def target_over(
     machine = vault.read(places.machine(instance.folder), opener)
     target = target_with(instance, connection, shared, machine)
     digest = instance.require_record().image
-    image = {} if digest is None else {secrecy.IMAGE: images.find(digest).disk}
-    return replace(target, disks={**target.disks, **image})
+    if digest is None:
+        return target
+    image = images.find(digest)
+    held = image.folder / inventory.NAME
+    return replace(
+        target,
+        disks={**target.disks, secrecy.IMAGE: image.disk},
+        inventory=held if held.exists() else None,
+    )
 
 
 def target_with(

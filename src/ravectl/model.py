@@ -238,6 +238,8 @@ class Hardening:
     profiles: dict[str, str]  # a service, and the AppArmor profile that it is held to
     agents: Containment
     audit: dict[str, tuple[str, ...]]  # by engine: what the kernel notes, in auditctl's words
+    helpers: dict[str, tuple[str, ...]]  # by engine: units that are active beside the services
+    own_files: dict[str, tuple[str, ...]]  # by engine: what a machine writes beside the image's
 
     def kernel(self, engine: str) -> dict[str, str]:
         """The kernel's settings on `engine`, by their names."""

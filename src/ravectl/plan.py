@@ -266,6 +266,16 @@ AUDIT = {
     EngineName.NIX.value: _audit(EngineName.NIX, "-F path=/etc/sudoers"),
 }
 
+# Units that look after the others
+HELPERS = ("rave-bans.service", "rave-clock.service", "rave-units.service")
+ENGINE_HELPERS = {
+    EngineName.DEBIAN: ("rave-apparmor.service", "rave-audit.service", "rave-secrets.service"),
+    EngineName.NIX: (),
+}
+
+# What a machine itself writes where else only the image's files are
+OWN_FILES = {EngineName.DEBIAN.value: ("/etc/machine-id",), EngineName.NIX.value: ()}
+
 # Units beside the services
 EXPOSURES = {
     "rave-launcher@.service": OTHERS_EXPOSURE,  # root's: it starts units
@@ -309,6 +319,8 @@ def hardening(machine: Machine, agents: tuple[Agent, ...], concurrency: int) -> 
             disk_mb=machine.disk_gb * 1024 // AGENTS_DISK_SHARE,
         ),
         audit=AUDIT,
+        helpers={e.value: (*HELPERS, *own) for e, own in ENGINE_HELPERS.items()},
+        own_files=OWN_FILES,
     )
 
 

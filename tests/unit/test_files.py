@@ -39,6 +39,18 @@ def test_what_is_written_out_replaces_no_device_and_no_link(tmp_path: Path) -> N
     assert Path("/dev/full").is_char_device()
 
 
+def test_no_space_for_what_is_printed_is_no_defect() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "ravectl", "--version"],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: what this prints cannot be written: No space left")
+    assert "fix: " in done.stderr
+    assert "Exception" not in done.stderr
+
+
 def test_unwritable_folder_names_cause_and_remedy(tmp_path: Path) -> None:
     with pytest.raises(HostError) as caught:
         files.write_atomic(tmp_path / "missing" / "f", "x")

@@ -93,6 +93,43 @@ def without(name: str) -> Change:
     return change
 
 
+def every(pattern: str) -> Change:
+    """Whatever is of the pattern is left out."""
+
+    def change(text: str) -> str:
+        found, count = re.subn(pattern, "", text)
+        assert count
+        return found
+
+    return change
+
+
+def process(name: str, key: str, value: str) -> Change:
+    """What the kernel says of the main process of a unit."""
+
+    def change(text: str) -> str:
+        (block,) = [b for b in text.split("\n\n") if f"\nId={name}\n" in f"\n{b}\n"]
+        pid = re.search(r"(?m)^MainPID=(\d+)$", block)
+        assert pid
+        found, count = re.subn(rf"(?m)^{pid[1]} {key}: .*$", f"{pid[1]} {key}: {value}", text)
+        assert count == 1
+        return found
+
+    return change
+
+
+FIELDS = ("path", "kind", "mode", "uid", "gid", "content", "capability", "inner")
+FILE = json.dumps(["/etc/fstab", "file", 0o644, 0, 0, "1" * 64, "", []])
+FOLDER = '["/etc/nginx", "dir", 493, 0, 0, "", "", %s]'
+
+
+def file(path: str, **values: Any) -> Change:
+    """A file that is newer than the image, with other `values` than it has there."""
+    held = dict(zip(FIELDS, json.loads(FILE), strict=True)) | {"path": path}
+    there = json.dumps(list((held | values).values()))
+    return chain(within("changed", there), within("image", json.dumps(list(held.values()))))
+
+
 def rows(where: dict[str, str], edit: Callable[[dict[str, Any]], object]) -> Change:
     """`edit` each JSON line whose values are those of `where`; other lines stay."""
 
@@ -296,6 +333,9 @@ BROKEN = (
     Broken("S2", "a unit failed",
            unit(NGINX, ActiveState="failed", SubState="failed", Result="exit-code"),
            "nginx.service is failed (failed, exit-code)"),
+    Broken("S2", "nobody sets the clock",
+           unit("rave-clock.service", ActiveState="inactive", SubState="dead"),
+           "rave-clock.service is inactive"),
     Broken("S2", "a unit is stopped", unit(KANBAN, ActiveState="inactive", SubState="dead"),
            "vibe-kanban.service is inactive (dead)"),
     Broken("S2", "a unit is not there", unit(NGINX, LoadState="not-found"),
@@ -348,6 +388,10 @@ BROKEN = (
            swap("/nginx.service|67108864|100000 100000|64|1000\n",
                 "/nginx.service|67108864|100000 100000|64|100\n"),
            "the kernel's cpu.weight is 100"),
+    Broken("S4", "a process has another score", regex(r"(?m)^(\d+) 300$", r"\1 0"),
+           "the kernel's oom_score_adj is 0"),
+    Broken("S4", "a process without a score", regex(r"(?m)^(\d+) 300\n", ""),
+           "the kernel's oom_score_adj is missing"),
     Broken("S4", "no control group", unit(NGINX, ControlGroup=""),
            "nginx.service: has no control group"),
     # X1
@@ -417,6 +461,23 @@ BROKEN = (
            "127.0.0.1:6379 (postgres) is not in the Plan"),
     Broken("X2", "nothing listens", swap("0.0.0.0:3002", "127.0.0.1:3002"),
            "nothing listens on port 3002"),
+    Broken("X2", "a stranger at a port of ours",
+           chain(within("listeners", LISTENER.format("127.0.0.9:5432")),
+                 within("owners", "9 0::/user.slice/session-3.scope")),
+           "127.0.0.9:5432 (postgres) is not of postgresql@17-main.service"),
+    Broken("X2", "nobody is known to listen", every(r"(?m)^\d+ 0::/system.slice/nginx.service\n"),
+           "(nginx) is not of nginx.service"),
+    Broken("X2", "systemd alone listens", regex(r'\("python3",pid=\d+,fd=\d+\),', ""),
+           "127.0.0.1:3001 (systemd) is not of rave-dispatcher.service"),
+    Broken("X2", "no DHCP client at its port",
+           chain(within("listeners", LISTENER.format("10.0.2.15:68").replace("tcp", "udp")),
+                 within("owners", "9 0::/system.slice/ssh.service")),
+           "10.0.2.15:68 (postgres) listens to the outside"),
+    Broken("X2", "a rule more than planned", within("rules", "table inet other {\n}"),
+           "the rules are not those of /etc/nftables.conf: 'table inet other {' where"),
+    Broken("X2", "no file of rules",
+           regex(r"(?ms)^== planned ==\n.*?(?=^== )", "== planned ==\n"),
+           "where '(nothing)' was"),
     Broken("X2", "the policy is accept", ruleset(policy_accept), "no firewall"),
     Broken("X2", "what it does not know goes out",
            regex(r'("hook": "output", "prio": 0, "policy": )"drop"', r'\1"accept"'),
@@ -659,6 +720,8 @@ BROKEN = (
            "a value is seen in /proc/812/cmdline"),
     Broken("X4", "in the journal", within("places", "the journal"),
            "a value is seen in the journal"),
+    Broken("X4", "open to others, in memory", within("places", "/run/leak"),
+           "a value is seen in /run/leak"),
     Broken("X4", "in the image",
            swap("== disk ==\nnothing\n", "== disk ==\nccr/api-key is on the image\n"),
            "ccr/api-key is on the image"),
@@ -705,6 +768,9 @@ BROKEN = (
            "kernel.kptr_restrict is 0, not 2"),
     Broken("X5", "a setting is not there", regex(r"(?m)^kernel\.sysrq = 0\n", ""),
            "kernel.sysrq is not there, not 0"),
+    Broken("X5", "one interface takes redirects",
+           swap("eth0.accept_redirects = 0", "eth0.accept_redirects = 1"),
+           "net.ipv4.conf.eth0.accept_redirects is 1, not 0"),
     Broken("X5", "dumps are written", regex(r"core_pattern = .*", "core_pattern = core"),
            "kernel.core_pattern is core"),
     Broken("X5", "a blocked module is loaded", within("loaded", "sctp 434176 0 - Live 0x0"),
@@ -713,6 +779,17 @@ BROKEN = (
            "module usb-storage is loaded"),
     Broken("X5", "a module may be loaded", regex(r"(?m)^install dccp .*\n", ""),
            "module dccp may be loaded"),
+    Broken("X5", "the first of two commands loads it",
+           within("blocked", "install dccp /sbin/modprobe --ignore-install dccp"),
+           "module dccp may be loaded"),
+    Broken("X5", "a device below the agents' disk",
+           swap("\n== setuid =", "\n99 1 0:9 / /home/agent/a\\040b rw - ext4 x rw\n== setuid ="),
+           "/home/agent/a b is mounted without nosuid, nodev"),
+    Broken("X5", "a profile from elsewhere",
+           regex(r"(?m)^\w{64} rave-router$", f"{'0' * 64} rave-router"),
+           "AppArmor's rave-router is not that of /usr/lib/rave/apparmor.bin"),
+    Broken("X5", "no policy in the image", regex(r"(?m)^\w{64}  /usr.*\n", ""),
+           "AppArmor's rave-kanban is not that of"),
     Broken("X5", "programs run from /tmp",
            regex(r" /tmp rw,nosuid,nodev,noexec", " /tmp rw,nosuid,nodev"),
            "/tmp is mounted without noexec"),
@@ -752,6 +829,40 @@ BROKEN = (
     Broken("X6", "one of ours is just over",
            regex(r"for vibe-kanban\.service: [\d.]+", "for vibe-kanban.service: 2.1"),
            "vibe-kanban.service is exposed by 2.1, 2 are allowed"),
+    Broken("X6", "a process may gain rights", process("vibe-kanban.service", "NoNewPrivs", "0"),
+           "vibe-kanban.service runs without NoNewPrivileges="),
+    Broken("X6", "a process without a filter", process("vibe-kanban.service", "Seccomp", "0"),
+           "vibe-kanban.service runs without SystemCallFilter="),
+    Broken("X6", "a process with a capability more",
+           process("vibe-kanban.service", "CapBnd", "0000000000200000"),
+           "vibe-kanban.service runs with more than CapabilityBoundingSet="),
+    Broken("X6", "nobody knows of a process", every(r"(?m)^\d+ (CapBnd|NoNewPrivs|Seccomp): .*\n"),
+           "runs without NoNewPrivileges="),
+    # X7
+    Broken("X7", "other content", file("/etc/fstab", content="0" * 64),
+           "/etc/fstab has other content than in the image"),
+    Broken("X7", "another mode", file("/etc/fstab", mode=0o666),
+           "/etc/fstab is 0:0 666, not 0:0 644"),
+    Broken("X7", "another owner", file("/etc/fstab", uid=1000),
+           "/etc/fstab is 1000:0 644, not 0:0"),
+    Broken("X7", "a capability", file("/etc/fstab", capability="0100000200"),
+           "/etc/fstab has other capabilities"),
+    Broken("X7", "a link in its place", file("/etc/fstab", kind="link", content="/tmp/x"),
+           "/etc/fstab is a link, not a file"),
+    Broken("X7", "a file more", within("changed", FILE.replace("/etc/fstab", "/etc/cron.d/x")),
+           "/etc/cron.d/x is not in the image"),
+    Broken("X7", "a file less",
+           chain(within("changed", FOLDER % "[]"), within("image", FOLDER % '["nginx.conf"]')),
+           "/etc/nginx/nginx.conf is gone"),
+    Broken("X7", "a drop-in in memory",
+           within("runtime", "/run/systemd/system/ssh.service.d/x.conf"),
+           "/run/systemd/system/ssh.service.d/x.conf goes before the image"),
+    Broken("X7", "a property that was set",
+           within("runtime", "/run/systemd/transient/nginx.service.d/50-MemoryMax.conf"),
+           "50-MemoryMax.conf goes before the image"),
+    Broken("X7", "a mount over it",
+           swap("\n== image ==", "\n99 1 0:9 / /etc/nginx rw - tmpfs x rw\n== image =="),
+           "something is mounted over /etc/nginx"),
 )  # fmt: skip
 
 UNREADABLE = (
@@ -768,6 +879,8 @@ UNREADABLE = (
     ("X2", "an account was not tried", swap("\n901 3001 closed", "")),
     ("X3", "no record of SSH", gone({"door": "ssh"})),
     ("X3", "nothing was counted", rows({}, lambda row: row.pop("bans", None))),
+    ("X2", "nobody said whose they are", without("owners")),
+    ("X2", "the plan's rules were not tried", without("planned")),
     ("X2", "no rules", swap('{"nftables"', '{"nothing"')),
     ("X2", "rules that are no JSON", swap('{"nftables"', "nftables")),
     ("X2", "listeners cannot be read", within("listeners", "bash: ss: command not found")),
@@ -823,6 +936,11 @@ UNREADABLE = (
      chain(without("searched"), swap("== end", "== searched ==\n== end"))),
     ("X6", "systemd-analyze failed",
      chain(without("exposures"), swap("== end", "== exposures ==\nFailed to connect\n== end"))),
+    ("X6", "no process was looked at", without("processes")),
+    ("X7", "it is cut short", within("changed", '["/etc/fstab", "file"]')),
+    ("X7", "no Python", within("changed", "/usr/bin/python3: not found")),
+    ("X7", "the image has no inventory", without("image")),
+    ("X7", "no mounts", regex(r"(?m)^\d+ .*\n", "")),
     ("X6", "a unit is missing", regex(r"(?m)^.* for nginx\.service: .*\n", "")),
 )  # fmt: skip
 
@@ -922,6 +1040,53 @@ def test_a_unit_restarted_after_the_boot_started_when_it_first_did() -> None:
         within("journal", f"{json.dumps(again)}\n{json.dumps(first)}\nno JSON"),
     )
     assert judge(check, change(recorded(check))).ok
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        file("/etc/fstab"),
+        chain(within("changed", FOLDER % '["b"]'), within("image", FOLDER % '["b"]')),
+        within("runtime", "/run/systemd/transient/rave-task-0.service"),
+        within("runtime", "/run/systemd/transient/session-3.scope.d/50-TasksMax.conf"),
+        swap("\n== image ==", "\n99 1 0:9 / /home/agent rw - tmpfs x rw\n== image =="),
+    ],
+    ids=["undone", "a folder as before", "a task", "a session", "a mount elsewhere"],
+)
+def test_what_is_as_in_the_image_is_no_fault(change: Change) -> None:
+    found = judge(BY_ID["X7"], change(recorded(BY_ID["X7"])))
+    assert found.ok, found.seen
+
+
+STORE = """\
+== system ==
+/run/booted-system /nix/store/a-nixos
+/run/current-system /nix/store/a-nixos
+/etc/static /nix/store/e-etc/etc
+/run/current-system/etc /nix/store/e-etc/etc
+== runtime ==
+== mounts ==
+25 1 254:0 / / rw - ext4 /dev/vda rw
+== end ==
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "ok", "ran", "says"),
+    [
+        (swap("", ""), True, True, "that was booted"),
+        (swap("current-system /nix/store/a", "current-system /nix/store/b"), False, True,
+         "the system is /nix/store/b-nixos, not /nix/store/a-nixos"),
+        (swap("/etc/static /nix/store/e", "/etc/static /nix/store/f"), False, True,
+         "/etc is of another system"),
+        (within("runtime", "/run/systemd/system/x.service"), False, True, "goes before the image"),
+        (swap("/nix/store/a-nixos", "/home/x"), False, False, "which system it runs"),
+    ],
+)  # fmt: skip
+def test_nixos_runs_what_it_booted(change: Change, ok: bool, ran: bool, says: str) -> None:
+    found = BY_ID["X7"].judge(dataclasses.replace(SUBJECT, engine=EngineName.NIX), change(STORE))
+    assert (found.ok, found.ran) == (ok, ran)
+    assert says in found.seen
 
 
 def test_quiet_restarts_of_long_ago_are_no_fault() -> None:

@@ -27,6 +27,7 @@ ROWS = [
         "workspace",
         "health",
         "imagelock",
+        "inventory",
         "relay",
     },
     {"vault", "signing"},

@@ -143,6 +143,16 @@ done
 ls /run/secrets/ /home/rave 2>/dev/null
 echo $(env | grep -c -i -E 'token|secret|key') secrets
 timeout 3 bash -c 'echo >/dev/tcp/10.0.2.2/22' 2>/dev/null && echo "got out"
+logger "a note of a task's" 2>/dev/null && echo "wrote to the journal"
+ls /run/dbus /run/postgresql 2>/dev/null
+python3 - <<'E'
+import ctypes, errno
+libc = ctypes.CDLL(None, use_errno=True)
+for name, number in {"bpf": 321, "perf_event_open": 298, "keyctl": 250, "userfaultfd": 323}.items():
+    assert libc.syscall(number, 0, 0, 0, 0, 0) == -1
+    if ctypes.get_errno() != errno.EPERM:
+        print(name, "is allowed")
+E
 echo kept >file && cat file
 """
 

@@ -142,7 +142,7 @@ def test_who_opens_a_secret_is_noted(shell: Tool) -> None:
     forged = 'SYSCALL success=yes auid=1000 uid=0 comm="cat" key="rave-secrets"'
     script = f"cat {secret} 2>&1; logger -t audit '{forged}'"
     assert "Permission denied" in run(shell, script)[1]
-    root(shell, f"systemd-run -q --wait --uid=vibe-kanban cat {secret} || true")
+    root(shell, f"systemd-run -q --wait --collect --uid=vibe-kanban cat {secret} || true")
     root(shell, f"cat {secret} >/dev/null")
     made = [n for n in notes(shell, 'SYSCALL.*key="rave-secrets"') if n["comm"] == "cat"]
     assert [(n["success"], n["auid"], n["uid"]) for n in made] == [("yes", "1000", "0")]

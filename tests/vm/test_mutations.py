@@ -103,25 +103,25 @@ MUTATIONS = (
         f"systemctl start prometheus-pushgateway\n{scraped('pushgateway', up=True)}",
     ),
     Mutation(
-        "a limit of memory is raised", "S4", "prometheus-node-exporter.service",
+        "a limit of memory is raised", "S4 X7", "prometheus-node-exporter.service",
         "systemctl set-property --runtime prometheus-node-exporter MemoryMax=infinity",
         "rm -r /run/systemd/system.control/prometheus-node-exporter.service.d\n"
         "systemctl daemon-reload",
     ),
     Mutation(
-        "a route leads nowhere", "H1", "kanban.*502",
+        "a route leads nowhere", "H1 X7", "kanban.*502",
         *edit(NGINX, "server 127.0.0.1:3000;", "server 127.0.0.1:3999;", RELOAD_NGINX),
     ),
     Mutation(
-        "a page asks for no password", "H2", "console .*no credentials",
+        "a page asks for no password", "H2 X7", "console .*no credentials",
         *edit(NGINX, "location = / {", "location = / { auth_basic off;", RELOAD_NGINX),
     ),
     Mutation(
-        "TLS 1.2 is on", "H3", "TLS ?v?1.2",
+        "TLS 1.2 is on", "H3 X7", "TLS ?v?1.2",
         *edit(NGINX, "ssl_protocols TLSv1.3;", "ssl_protocols TLSv1.2 TLSv1.3;", RELOAD_NGINX),
     ),
     Mutation(
-        "versions are told", "H3", "nginx/1",
+        "versions are told", "H3 X7", "nginx/1",
         *edit(NGINX, "server_tokens off;", "server_tokens on;", RELOAD_NGINX),
     ),
     Mutation(
@@ -132,12 +132,12 @@ MUTATIONS = (
         "systemctl stop rave-mutation-halts; pkill -CONT -x nginx; true",
     ),
     Mutation(
-        "tasks end in failure", "H5", r"its task is (pending \(error\)|running)",
+        "tasks end in failure", "H5 X7", r"its task is (pending \(error\)|running)",
         *edit(DISPATCHER, "command: [/usr/bin/env, tee, TASK.md]", "command: [/bin/false]",
               RESTART),
     ),
     Mutation(
-        "webhooks may be larger", "H6", "too large",
+        "webhooks may be larger", "H6 X7", "too large",
         *edit(DISPATCHER, "body_bytes: 1048576", "body_bytes: 9048576", RESTART),
     ),
     Mutation(
@@ -146,7 +146,7 @@ MUTATIONS = (
         "sudo -u postgres psql -qc 'alter system reset fsync' -c 'select pg_reload_conf()'",
     ),
     Mutation(
-        "events are kept for longer", "D5", "70",
+        "events are kept for longer", "D5 X7", "70",
         *edit(DISPATCHER, "retention_days: 7", "retention_days: 70", RESTART),
     ),
     Mutation(
@@ -155,11 +155,11 @@ MUTATIONS = (
         "truncate --size=-1 /run/secrets/postgres/exporter-password",
     ),
     Mutation(
-        "SSH takes passwords", "X1", "(?i)passwordauthentication",
+        "SSH takes passwords", "X1 X7", "(?i)passwordauthentication",
         *edit(SSHD, "PasswordAuthentication no", "PasswordAuthentication yes", RELOAD_SSHD),
     ),
     Mutation(
-        "root may sign in", "X1", "(?i)permitrootlogin",
+        "root may sign in", "X1 X7", "(?i)permitrootlogin",
         *edit(SSHD, "PermitRootLogin no", "PermitRootLogin yes", RELOAD_SSHD),
     ),
     Mutation(
@@ -189,7 +189,7 @@ MUTATIONS = (
         "sysctl -qw kernel.dmesg_restrict=0", "sysctl -qw kernel.dmesg_restrict=1",
     ),
     Mutation(
-        "a program is setuid", "X5", "/usr/bin/true is setuid",
+        "a program is setuid", "X5 X7", "/usr/bin/true is setuid",
         "chmod u+s /usr/bin/true", "chmod u-s /usr/bin/true",
     ),
     Mutation(
@@ -197,16 +197,16 @@ MUTATIONS = (
         "mount -o remount,exec /dev/shm", "mount -o remount,noexec /dev/shm",
     ),
     Mutation(
-        "a unit's sandbox is open", "X6", "vibe-kanban.service is exposed",
+        "a unit's sandbox is open", "X6 X7", "vibe-kanban.service is exposed",
         *setting("vibe-kanban.service",
                  "ProtectSystem=no\\nPrivateDevices=no\\nRestrictNamespaces=no"),
     ),
     Mutation(
-        "a target is not collected", "O1", "requests is not scraped",
+        "a target is not collected", "O1 X7", "requests is not scraped",
         *edit(PROMETHEUS, "job_name: requests", "job_name: mutation", RELOAD_RULES),
     ),
     Mutation(
-        "an alert is not there", "O2", "DiskFilling",
+        "an alert is not there", "O2 X7", "DiskFilling",
         *edit(ALERTS, "alert: DiskFilling", "alert: Mutation", RELOAD_RULES),
     ),
     Mutation(
@@ -246,6 +246,72 @@ MUTATIONS = (
     ),
 )  # fmt: skip
 
+LISTENS = (
+    "import socket, time; s = socket.socket(socket.AF_INET6); s.setsockopt(41, 26, 1); "
+    's.bind((\\"::\\", 3002)); s.listen(); time.sleep(3600)'
+)
+NODE = "prometheus-node-exporter.service"
+
+# What looks as it should to who asks for settings, names and states alone; made at once
+SUBTLE = (
+    Mutation(
+        "a stranger listens at the ingress's port", "X2", r":::3002 \(python3\) is not of nginx",
+        f'systemd-run -q --unit=rave-mutation-stranger /usr/bin/python3 -c "{LISTENS}"; sleep 3',
+        "systemctl stop rave-mutation-stranger",
+    ),
+    Mutation(
+        "the firewall has one rule more", "X2", "the rules are not those of .*4444",
+        "nft add rule inet rave input tcp dport 4444 drop", "nft -f /etc/nftables.conf",
+    ),
+    Mutation(
+        "nobody counts bans", "S2", "rave-bans.service is inactive",
+        "systemctl stop rave-bans", "systemctl start rave-bans",
+    ),
+    Mutation(
+        "a process is ended first", "S4", "mtail.service: the kernel's oom_score_adj is 333",
+        "echo 333 >/proc/$(systemctl show -P MainPID mtail)/oom_score_adj",
+        "echo $(systemctl show -P OOMScoreAdjust mtail) "
+        ">/proc/$(systemctl show -P MainPID mtail)/oom_score_adj",
+    ),
+    Mutation(
+        "a process was started with more rights", "X6", f"{NODE} runs without SystemCallFilter=",
+        "\n".join((
+            *setting(NODE, "SystemCallFilter=")[::2], f"systemctl restart {NODE}",
+            setting(NODE, "")[1],
+        )),
+        f"systemctl restart {NODE}\n{scraped('node', up=True)}",
+    ),
+    Mutation(
+        "a profile of AppArmor allows all", "X5", "AppArmor's rave-router is not that of",
+        "echo 'profile rave-router flags=(attach_disconnected) "
+        "{ file, network, unix, signal, ptrace, capability, }' | apparmor_parser --replace",
+        "cat /usr/lib/rave/apparmor.bin >/sys/kernel/security/apparmor/.replace",
+    ),
+    Mutation(
+        "one interface takes redirects", "X5", "net.ipv4.conf.eth0.accept_redirects is 1",
+        "sysctl -qw net.ipv4.conf.eth0.accept_redirects=1",
+        "sysctl -qw net.ipv4.conf.eth0.accept_redirects=0",
+    ),
+    Mutation(
+        "a copy of a secret lies open", "X4", "a value is seen in /run/rave-mutation",
+        "install -m 644 /run/secrets/dispatcher/api-token /run/rave-mutation",
+        "rm /run/rave-mutation",
+    ),
+    Mutation(
+        "the ingress has one address more", "X7", "/etc/nginx/nginx.conf has other content",
+        *edit(NGINX, "location = / {", "location = /mutation { return 204; } location = / {",
+              RELOAD_NGINX),
+    ),
+    Mutation(
+        "a file of the system is gone", "X7", "/etc/issue.net is gone",
+        "mv /etc/issue.net /var/tmp/", "mv /var/tmp/issue.net /etc/",
+    ),
+    Mutation(
+        "something lies over the system", "X7", "something is mounted over /usr/local/share",
+        "mount -t tmpfs -o nosuid mutation /usr/local/share", "umount /usr/local/share",
+    ),
+)  # fmt: skip
+
 # Disruptive checks, which are run alone
 DISRUPTIVE = (
     Mutation(
@@ -266,7 +332,7 @@ DISRUPTIVE = (
 )  # fmt: skip
 
 LATE = Mutation(
-    "a unit is late", "S3", "prometheus-pushgateway.service",
+    "a unit is late", "S3 X7", "prometheus-pushgateway.service",
     "mkdir -p /etc/systemd/system/prometheus-pushgateway.service.d\n"
     "printf '[Service]\\nExecStartPre=+/bin/sleep 58\\n'"
     " >/etc/systemd/system/prometheus-pushgateway.service.d/mutation.conf",
@@ -331,6 +397,13 @@ def test_exactly_the_checks_that_should_fail_do(machine: Tool, number: int) -> N
     with mutated(machine, *made):
         found = not_passed(machine, asked)
     holds(made, found)
+
+
+def test_what_looks_right_and_is_not(machine: Tool) -> None:
+    machine("up", "--safe")
+    with mutated(machine, *SUBTLE):
+        found = not_passed(machine, {c.id for c in CHECKS if not c.disruptive} - SELDOM)
+    holds(SUBTLE, found)
 
 
 def test_disruptive_checks(machine: Tool) -> None:

@@ -6,12 +6,13 @@ does not wait for pydantic or paramiko.
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -80,7 +81,10 @@ def main() -> None:
     """Run the command line; the one place where errors become exit codes."""
     _protect()
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # here, where what goes wrong with it can be told
     except RavectlError as e:
         console.error(e)
         sys.exit(e.exit_code)
@@ -89,13 +93,32 @@ def main() -> None:
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
         # the reader of our output went away (| head); that is its right
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_no_more()
+        sys.exit(EXIT_FAILED)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT) or e.filename is not None:
+            _unexpected(e)
+        _print_no_more()
+        console.error(
+            RavectlError(
+                f"what this prints cannot be written: {e.strerror}",
+                "give it a place with space, and do it again",
+            )
+        )
         sys.exit(EXIT_FAILED)
     except Exception as e:  # the last resort: a defect must not look like the person's mistake
-        console.error(_defect(e))
-        if console.is_verbose():
-            traceback.print_exc()
-        sys.exit(EXIT_FAILED)
+        _unexpected(e)
+
+
+def _print_no_more() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _unexpected(e: Exception) -> NoReturn:
+    console.error(_defect(e))
+    if console.is_verbose():
+        traceback.print_exc()
+    sys.exit(EXIT_FAILED)
 
 
 def _protect() -> None:

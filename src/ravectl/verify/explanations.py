@@ -48,7 +48,7 @@ EXPLANATIONS: Final[Mapping[str, Explanation]] = {
         "ravectl logs UNIT for the unit that is named",
     ),
     "S2": Explanation(
-        "every unit of the Plan is active",
+        "every unit of the Plan is active, and so are those that look after them",
         "a service that is gone, or one that is restarted again and again and looks active",
         "systemctl show of each unit of the Plan: load and active state, restarts, last start",
         "the service that is named does not do its work now",
@@ -63,8 +63,8 @@ EXPLANATIONS: Final[Mapping[str, Explanation]] = {
     ),
     "S4": Explanation(
         "the machine's memory is the Plan's, and the kernel holds each unit to its limits of "
-        "memory, processors, their weight and tasks (read from its cgroup); its OOM score is "
-        "the Plan's",
+        "memory, processors, their weight and tasks (read from its cgroup); its OOM score, and "
+        "its process', is the Plan's",
         "one service, or an agent's task, that takes the memory or processors of all others",
         "systemd's properties and memory.max, cpu.max and pids.max of each unit's control group",
         "a limit was changed at run time, or systemd could not put it into force",
@@ -153,8 +153,9 @@ EXPLANATIONS: Final[Mapping[str, Explanation]] = {
         "mend sshd's configuration, then ravectl build and ravectl up",
     ),
     "X2": Explanation(
-        "nothing but 22 and 3002 can be reached; every listener is the Plan's; the firewall "
-        "drops the rest, limits new connections and, without `network.egress`, lets nothing out; "
+        "nothing but 22 and 3002 can be reached; every listener is the Plan's, and of the unit "
+        "whose port it is; the firewall's rules are those that it was given, it drops the rest, "
+        "limits new connections and, without `network.egress`, lets nothing out; "
         "accounts that run foreign code reach of the services their own and the router",
         "network attacks on services that were meant for the machine itself",
         "ss, the rules of nftables followed to each accept, and connections to the machine's own "
@@ -164,8 +165,9 @@ EXPLANATIONS: Final[Mapping[str, Explanation]] = {
     ),
     "X4": Explanation(
         "each secret has the owner and mode that is declared, on a tmpfs that is not swapped;"
-        " no value is in a process, the journal, a unit, or on the machine's disk (deleted "
-        "files too). After a rotation the former values are searched for as well",
+        " no value is in a process, the journal, a unit, in memory where others may read it, or on "
+        "the machine's disk (deleted files too). After a rotation the former values are searched "
+        "for as well",
         "exfiltration: a secret where another user, a log or a copy of the disk shows it",
         "the files' owners and modes, and a search by value through processes, journal, units, the "
         "machine's disk and its image",
@@ -251,10 +253,23 @@ EXPLANATIONS: Final[Mapping[str, Explanation]] = {
     ),
     "X6": Explanation(
         "what `systemd-analyze security` says of each unit is at most its limit in the Plan: "
-        "2.0 for ours, 4.0 for others, 9.0 for sshd ([why](hardening.md#units))",
+        "2.0 for ours, 4.0 for others, 9.0 for sshd ([why](hardening.md#units)); no service runs "
+        "with more rights than its unit has",
         "a service that, once taken over, can do more to the machine than its work needs",
-        "systemd-analyze security of each unit that has a limit in the Plan",
+        "systemd-analyze security of each unit that has a limit in the Plan; of each service's "
+        "process what the kernel says of its capabilities and system calls",
         "the sandbox of the unit that is named is weaker than it was designed",
         "ravectl exec -- systemd-analyze security UNIT; systemctl cat UNIT shows a change",
+    ),
+    "X7": Explanation(
+        "no file, folder or link below `/boot`, `/etc`, `/opt` and `/usr` is other than in the "
+        "image, was added or is gone; nothing is mounted over them, and no configuration in "
+        "`/run` goes before theirs. On NixOS: the system that runs is the one that was booted",
+        "a change by hand that nobody remembers, of a setting that no other check asks for",
+        "what is newer than the image, by the time that the kernel notes at each change; its "
+        "SHA-256, mode, owner and capabilities against the image's inventory",
+        "the file that is named was changed in the machine, which then is not what its image "
+        "says; a rebuilt machine will not have the change",
+        "undo it, or put it into the profile; ravectl reset gives a machine its image's files",
     ),
 }  # fmt: skip

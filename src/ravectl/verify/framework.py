@@ -42,6 +42,10 @@ class Subject:
         """The unit of each service, by the service's name."""
         return {s.name: full_unit(s.unit[self.engine.value]) for s in self.plan.services}
 
+    def helpers(self) -> tuple[str, ...]:
+        """The units without which those do not work as they should."""
+        return self.plan.hardening.helpers[self.engine]
+
 
 @dataclass(frozen=True)
 class VerifyTarget:
@@ -61,6 +65,7 @@ class VerifyTarget:
     hidden: Mapping[str, str] = field(repr=False)  # what must be seen nowhere, by name
     disks: Mapping[str, Path]  # on this host, by what they are: the machine's disk, its image
     host_started: float | None  # epoch seconds at which QEMU started; None: unknown
+    inventory: Path | None = None  # of the image's files; None: the image has none
 
     @property
     def subject(self) -> Subject:

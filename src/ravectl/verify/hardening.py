@@ -6,7 +6,7 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping
 
-from ravectl.model import AUDIT_A_SECOND, Suite
+from ravectl.model import AUDIT_A_SECOND, EngineName, Suite
 from ravectl.verify import guest
 from ravectl.verify.framework import (
     Check,
@@ -19,6 +19,7 @@ from ravectl.verify.framework import (
 )
 
 _WRAPPERS = re.compile(r"^/run/wrappers/wrappers\.\w+/")  # where NixOS' link `bin` leads
+POLICY = "/usr/lib/rave/apparmor.bin"
 _REBUILD = "the machine is not what its Plan says: ravectl build, then ravectl reset"
 
 # Settings by built-ins: sysctl would be a process for each. Programs that give others' rights are
@@ -28,6 +29,13 @@ echo '== sysctls =='
 for key in %(keys)s; do
   value=
   IFS= read -r value <"/proc/sys/${key//.//}" && printf '%%s = %%s\\n' "$key" "$value"
+  [[ $key == net.ipv?.conf.all.* ]] || continue
+  # what is in force is made of this one and the interface's own; to itself a machine may speak
+  for own in /proc/sys/net/"${key:4:4}"/conf/*/"${key##*.}"; do
+    [[ $own != */lo/* ]] && IFS= read -r value <"$own" || continue
+    own=${own#/proc/sys/}
+    printf '%%s = %%s\\n' "${own//\\//.}" "$value"
+  done
 done 2>/dev/null
 echo '== loaded =='
 printf '%%s\\n' "$(</proc/modules)"
@@ -38,7 +46,7 @@ printf '%%s\\n' "$(</proc/self/mountinfo)"
 echo '== setuid =='
 places=()
 while read -r _ _ _ _ place options _; do
-  [[ ,$options, == *,nosuid,* ]] || places+=("$place")
+  [[ ,$options, == *,nosuid,* ]] || places+=("$(printf %%b "$place")")
 done </proc/self/mountinfo
 find "${places[@]}" -xdev -type f -perm /6000 2>&1
 echo '== searched =='
@@ -49,6 +57,12 @@ for unit in %(confined)s; do
   IFS= read -r pid <"/sys/fs/cgroup/system.slice/$unit/cgroup.procs"
   IFS= read -r profile <"/proc/$pid/attr/apparmor/current"
   echo "$unit $profile"
+done 2>/dev/null
+echo '== policy =='
+sha256sum /usr/lib/rave/apparmor.bin 2>&1
+for profile in /sys/kernel/security/apparmor/policy/profiles/*; do
+  IFS= read -r name <"$profile/name" && IFS= read -r digest <"$profile/raw_sha256" &&
+    echo "$digest $name"
 done 2>/dev/null
 echo '== audited =='
 echo "journal $(systemctl is-active systemd-journald-audit.socket)"
@@ -82,7 +96,17 @@ def judge_kernel(subject: Subject, output: str) -> Judgement:
     )
     parts = guest.sections(output) or {}
     if (
-        not {"sysctls", "loaded", "blocked", "mounts", "setuid", "searched", "confined", "audited"}
+        not {
+            "sysctls",
+            "loaded",
+            "blocked",
+            "mounts",
+            "setuid",
+            "searched",
+            "confined",
+            "policy",
+            "audited",
+        }
         <= parts.keys()
     ):
         return unreadable(expected, "the answer about the kernel is incomplete")
@@ -90,6 +114,11 @@ def judge_kernel(subject: Subject, output: str) -> Judgement:
     if "/" not in mounts or "/" not in parts["searched"].splitlines():
         return unreadable(expected, "the machine does not say what is mounted")
     faults = sysctl_faults(settings, parts["sysctls"])
+    faults += (
+        policy_faults(wanted.profiles, parts["policy"])
+        if subject.engine is EngineName.DEBIAN
+        else []
+    )
     faults += _module_faults(wanted.blocked_modules, parts["loaded"], parts["blocked"])
     faults += mount_faults(wanted.mounts, mounts)
     faults += [
@@ -111,10 +140,24 @@ def sysctl_faults(settings: Mapping[str, str], text: str) -> list[str]:
     """Where the kernel's settings, as `key = value` lines, are others than wanted."""
     rows = (line.partition(" = ") for line in text.splitlines())
     seen = {key: " ".join(value.split()) for key, _, value in rows}
+    # of an interface's own setting: what is wanted of all of them
+    own = {k: settings.get(re.sub(r"(\.conf\.)[^.]+", r"\1all", k, count=1)) for k in seen}
     return [
         f"{key} is {seen.get(key, 'not there')}, not {value}"
-        for key, value in settings.items()
-        if seen.get(key) != value
+        for key, value in {**own, **settings}.items()
+        if value is not None and seen.get(key) != value
+    ]
+
+
+def policy_faults(profiles: Mapping[str, str], text: str) -> list[str]:
+    """Which of the profiles the kernel has from elsewhere than the image's file."""
+    lines = [line.split() for line in text.splitlines()]
+    image = next((words[0] for words in lines if words[1:] == [POLICY]), None)
+    loaded = {words[1]: words[0] for words in lines if len(words) == 2}
+    return [
+        f"AppArmor's {name} is not that of {POLICY}"
+        for name in profiles.values()
+        if image is None or loaded.get(name) != image
     ]
 
 
@@ -144,9 +187,10 @@ def _audited(rule: str) -> frozenset[tuple[str, str]]:
 def _module_faults(blocked: Iterable[str], loaded: str, config: str) -> list[str]:
     # the kernel and modprobe take - and _ for the same
     names = {line.split()[0] for line in loaded.splitlines() if line.strip()}
-    denied = {
-        m[1].replace("-", "_") for m in re.finditer(r"^install (\S+) \S*true\s*$", config, re.M)
-    }
+    # of several the first counts, by the names of their files
+    commands = re.findall(r"^install (\S+) (.*\S)\s*$", config, re.M)
+    loading = {name.replace("-", "_") for name, c in commands if not re.fullmatch(r"\S*true", c)}
+    denied = {name.replace("-", "_") for name, _ in commands} - loading
     faults = []
     for module in blocked:
         name = module.replace("-", "_")
@@ -158,9 +202,21 @@ def _module_faults(blocked: Iterable[str], loaded: str, config: str) -> list[str
 
 
 def _mount_options(mountinfo: str) -> dict[str, frozenset[str]]:
-    """Options by mount point; of several at one, those of the last, which hides the others."""
+    """Options by mount point; of several at one, those of the last, which hides the others.
+
+    Not what only waits for somebody to come, to mount another in its place (autofs).
+    """
     rows = (line.split() for line in mountinfo.splitlines())
-    return {r[4]: frozenset(r[5].split(",")) for r in rows if len(r) > 6}
+    return {
+        _spelt(r[4]): frozenset(r[5].split(","))
+        for r in rows
+        if len(r) > 6 and "- autofs " not in " ".join(r[6:])
+    }
+
+
+def _spelt(place: str) -> str:
+    # proc(5): what would end a word is written in octal
+    return re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), place)
 
 
 def mount_faults(
@@ -173,6 +229,12 @@ def mount_faults(
             faults.append(f"{place} is no mount of its own")
         elif missing := [o for o in options if o not in mounts[place]]:
             faults.append(f"{place} is mounted without {', '.join(missing)}")
+    for place, held in mounts.items():
+        above = [w for w in wanted if place.startswith(f"{w}/")]
+        if place in wanted or not above:
+            continue
+        if missing := [o for o in wanted[max(above, key=len)] if o not in held]:
+            faults.append(f"{place} is mounted without {', '.join(missing)}")
     return faults
 
 
@@ -183,12 +245,39 @@ def mount_faults(
 EXPOSURE_SCRIPT = """\
 echo '== exposures =='
 systemd-analyze security --no-pager %(units)s 2>&1 | grep 'Overall exposure level'
+shown=$(systemctl show --no-pager -p %(properties)s -- %(running)s)
+echo '== shown =='
+printf '%%s\\n' "$shown"
+echo '== processes =='
+while IFS= read -r line; do
+  [[ $line == MainPID=[1-9]* ]] || continue
+  pid=${line#*=}
+  while read -r key value _; do
+    case $key in CapBnd:|NoNewPrivs:|Seccomp:) echo "$pid $key $value" ;; esac
+  done <"/proc/$pid/status"
+done 2>/dev/null <<<"$shown"
 """
+SANDBOX_PROPERTIES = (
+    "Id", "MainPID", "NoNewPrivileges", "CapabilityBoundingSet", "SystemCallFilter",
+)  # fmt: skip
+# in the order of their bits (linux/capability.h)
+CAPABILITIES = (
+    "chown", "dac_override", "dac_read_search", "fowner", "fsetid", "kill", "setgid", "setuid",
+    "setpcap", "linux_immutable", "net_bind_service", "net_broadcast", "net_admin", "net_raw",
+    "ipc_lock", "ipc_owner", "sys_module", "sys_rawio", "sys_chroot", "sys_ptrace", "sys_pacct",
+    "sys_admin", "sys_boot", "sys_nice", "sys_resource", "sys_time", "sys_tty_config", "mknod",
+    "lease", "audit_write", "audit_control", "setfcap", "mac_override", "mac_admin", "syslog",
+    "wake_alarm", "block_suspend", "audit_read", "perfmon", "bpf", "checkpoint_restore",
+)  # fmt: skip
 
 
 def exposure_script(subject: Subject) -> str:
     """The script that asks for the exposure of each unit that has a limit."""
-    return EXPOSURE_SCRIPT % {"units": shlex.join(exposure_limits(subject))}
+    return EXPOSURE_SCRIPT % {
+        "units": shlex.join(exposure_limits(subject)),
+        "running": shlex.join(subject.units().values()),
+        "properties": ",".join(SANDBOX_PROPERTIES),
+    }
 
 
 def _collect_exposures(target: VerifyTarget, deadline: float) -> str:
@@ -208,7 +297,10 @@ def judge_exposures(subject: Subject, output: str) -> Judgement:
     """No unit's exposure, as systemd-analyze reckons it, is over its limit of the Plan."""
     limits = exposure_limits(subject)
     expected = f"the exposure of {len(limits)} units at most what the Plan says of each"
-    text = (guest.sections(output) or {}).get("exposures", "")
+    parts = guest.sections(output) or {}
+    if not {"exposures", "shown", "processes"} <= parts.keys():
+        return unreadable(expected, "the answer about the units is incomplete")
+    text = parts["exposures"]
     # of a template it makes an instance for the purpose
     rows = re.findall(r"exposure level for (\S+): ([\d.]+)", text)
     seen = {re.sub(r"@test.instance\.", "@.", unit): float(level) for unit, level in rows}
@@ -219,6 +311,7 @@ def judge_exposures(subject: Subject, output: str) -> Judgement:
         for unit, limit in limits.items()
         if seen[unit] > limit
     ]
+    faults += process_faults(guest.properties(parts["shown"]), parts["processes"])
     spread = ", ".join(
         f"{unit} {seen[unit]:g}" for unit in sorted(limits, key=lambda u: -seen[u])[:3]
     )
@@ -229,6 +322,28 @@ def judge_exposures(subject: Subject, output: str) -> Judgement:
         faults,
         f"see what it is not denied: ravectl exec -- systemd-analyze security {culprit}",
     )
+
+
+def process_faults(blocks: Iterable[Mapping[str, str]], text: str) -> list[str]:
+    """Where a unit's process has more rights than the unit: it was started when that had more."""
+    has: dict[str, dict[str, str]] = {}
+    for pid, key, value in re.findall(r"^(\d+) (\w+): (\w+)$", text, re.M):
+        has.setdefault(pid, {})[key] = value
+    faults = []
+    for block in blocks:
+        pid, unit = block.get("MainPID", "0"), block.get("Id", "a unit")
+        if pid == "0":
+            continue
+        rights = has.get(pid, {})
+        if block.get("NoNewPrivileges") == "yes" and rights.get("NoNewPrivs") != "1":
+            faults.append(f"{unit} runs without NoNewPrivileges=")
+        if block.get("SystemCallFilter") and rights.get("Seccomp") != "2":
+            faults.append(f"{unit} runs without SystemCallFilter=")
+        bounds = block.get("CapabilityBoundingSet", "").replace("cap_", "").split()
+        allowed = sum(1 << CAPABILITIES.index(c) for c in bounds if c in CAPABILITIES)
+        if int(rights.get("CapBnd", "f" * 16), 16) & ~allowed:
+            faults.append(f"{unit} runs with more than CapabilityBoundingSet=")
+    return faults
 
 
 CHECKS = (

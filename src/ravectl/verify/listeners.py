@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ravectl.verify.guest import number
@@ -12,6 +12,7 @@ from ravectl.verify.guest import number
 # A DHCP client holds its port on the address that it has got. It is no server: what comes to
 # it unasked is the firewall's to drop.
 DHCP_CLIENT_PORTS = (68, 546)
+DHCP_CLIENTS = ("systemd-networkd.service", "dhcpcd.service")
 WILDCARDS = ("*", "0.0.0.0", "::")  # noqa: S104 - compared with, not bound to
 
 
@@ -23,6 +24,7 @@ class Listener:
     address: str
     port: int
     program: str
+    pids: tuple[int, ...] = ()
 
     @property
     def loopback(self) -> bool:
@@ -35,11 +37,19 @@ class Listener:
             address = address.ipv4_mapped
         return address.is_loopback
 
-    @property
-    def dhcp_client(self) -> bool:
+    def dhcp_client(self, owners: Mapping[int, str]) -> bool:
         """Whether it is the port of a DHCP client, on an address of its own."""
-        named = self.address not in WILDCARDS
-        return self.protocol == "udp" and self.port in DHCP_CLIENT_PORTS and named
+        named = self.address not in WILDCARDS and self.port in DHCP_CLIENT_PORTS
+        return self.protocol == "udp" and named and self.of(DHCP_CLIENTS, owners)
+
+    def of(self, units: Sequence[str], owners: Mapping[int, str]) -> bool:
+        """Whether all who hold it are of these units, but for systemd, which holds some for them.
+
+        `owners` has the path of each process' cgroup.
+        """
+        mine = [pid for pid in self.pids if pid != 1]
+        known = all(set(units) & set(owners.get(pid, "").split("/")) for pid in mine)
+        return bool(mine) and known
 
     def __str__(self) -> str:
         program = f" ({self.program})" if self.program else ""
@@ -60,15 +70,26 @@ def parse(text: str) -> list[Listener]:
             return []
         program = re.search(r'\(\("([^"]+)"', line)
         name = address.split("%")[0].strip("[]")
-        found.append(Listener(words[0], name, port, program[1] if program else ""))
+        pids = tuple(int(pid) for pid in re.findall(r",pid=(\d{1,10}),", line))
+        found.append(Listener(words[0], name, port, program[1] if program else "", pids))
     return found
 
 
+def parse_owners(text: str) -> dict[int, str]:
+    """The path of the cgroup of each process, from lines of its pid and /proc/PID/cgroup."""
+    rows = re.findall(r"^(\d{1,10}) 0::(/\S*)$", text, re.M)
+    return {int(pid): path for pid, path in rows}
+
+
 def faults(
-    sockets: Sequence[Listener], open_ports: Sequence[int], planned: Sequence[int]
+    sockets: Sequence[Listener],
+    open_ports: Sequence[int],
+    planned: Mapping[int, str],
+    owners: Mapping[int, str],
 ) -> list[str]:
-    """Listeners that should not be where they are, and open ports that nothing listens on."""
-    outside = [s for s in sockets if not s.loopback and not s.dhcp_client]
+    """Listeners that should not be where they are or are not of the unit whose port it is, and
+    open ports that nothing listens on. `planned` has the unit of each port of the Plan."""
+    outside = [s for s in sockets if not s.loopback and not s.dhcp_client(owners)]
     inside = [s for s in sockets if s.loopback]
     found = [
         f"{s} listens to the outside"
@@ -78,4 +99,9 @@ def faults(
     reachable = {s.port for s in outside if s.protocol == "tcp"}
     found += [f"nothing listens on port {p}" for p in open_ports if p not in reachable]
     found += [f"{s} is not in the Plan" for s in inside if s.port not in planned]
+    found += [
+        f"{s} is not of {planned[s.port]}"
+        for s in (*outside, *inside)
+        if s.port in planned and not s.of((planned[s.port],), owners)
+    ]
     return found

@@ -54,6 +54,12 @@ grep -laFf "$patterns" /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2>/dev/null
 journalctl --quiet --no-pager --output=cat | grep -qaFf "$patterns" && echo 'the journal'
 grep -rlaFf "$patterns" /var/log/journal /run/log/journal /etc/systemd /run/systemd 2>/dev/null
 systemctl show-environment | grep -qaFf "$patterns" && echo "the manager's environment"
+shared=()
+while read -r _ on kind _; do
+  [[ $kind != tmpfs || "$here/" == "$on/"* ]] || shared+=("$on")
+done </proc/mounts
+# a disk is searched on its host; here what others may read of what lies in memory
+find "${shared[@]}" -xdev -type f -perm /044 -exec grep -laFf "$patterns" {} + 2>/dev/null
 """
 DISK, IMAGE = "the machine's disk", "the image"
 

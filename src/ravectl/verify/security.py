@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ravectl.model import BLOCK_SECONDS, LOGIN_FAILURES, Suite
+from ravectl.model import BLOCK_SECONDS, LOGIN_FAILURES, EngineName, Suite
 from ravectl.verify import firewall, guest, listeners, sshprobe
 from ravectl.verify.framework import (
     Check,
@@ -85,15 +86,28 @@ OFFERED = {
     "macs-out": MACS,
 }
 
+# Debian's, whose rules no service adds to; NixOS gives its own to nft from the store
+RULES_FILE = "/etc/nftables.conf"
+
 # One script and one sudo for both checks. -T prints what sshd would do with a configuration
 # file, so the file and the program must be those of the daemon that listens.
 ACCESS_SCRIPT = """\
 listeners=$(ss -Hltnup)
 echo '== listeners =='
 printf '%%s\n' "$listeners"
+echo '== owners =='
+text=$listeners
+while [[ $text =~ ,pid=([0-9]+),(.*) ]]; do
+  pid=${BASH_REMATCH[1]} text=${BASH_REMATCH[2]}
+  read -r path <"/proc/$pid/cgroup" && echo "$pid $path"
+done 2>/dev/null
 echo '== firewall =='
 nft -j list ruleset
 echo
+echo '== rules =='
+nft -s -t list ruleset
+echo '== planned =='
+[ ! -e %(rules)s ] || unshare --net sh -c 'nft -f %(rules)s && nft -s -t list ruleset' 2>&1
 echo '== outer =='
 while read -r _ _ _ address _; do
   address=${address%%%%/*}
@@ -133,6 +147,7 @@ def access_script(subject: Subject) -> str:
     ports = sorted({*plan.listeners(), *plan.network.open_ports})
     ssh_port = plan.service("ssh").ports[0]
     values = {"ports": " ".join(map(str, ports)), "ssh": ssh_port, "user": plan.operator}
+    values["rules"] = RULES_FILE
     values["uids"] = " ".join(str(account.uid) for account, _ in plan.closed_to())
     return ACCESS_SCRIPT % values
 
@@ -270,7 +285,8 @@ def judge_border(subject: Subject, output: str) -> Judgement:
     named = " and ".join(map(str, ports))
     expected = f"only {named} answer from outside; all else is on loopback and of the Plan"
     parts = guest.sections(output)
-    if parts is None or not {"listeners", "firewall", "outer"} <= parts.keys():
+    wanted = {"listeners", "owners", "firewall", "rules", "planned", "outer"}
+    if parts is None or not wanted <= parts.keys():
         return unreadable(expected, "the listeners or the firewall are missing")
     sockets = listeners.parse(parts["listeners"])
     if not sockets:
@@ -284,8 +300,12 @@ def judge_border(subject: Subject, output: str) -> Judgement:
     inner = _inner_faults(subject, _outer(parts.get("inner", "")))
     if inner is None:
         return unreadable(expected, "what the machine's accounts reach could not be tried")
-    faults = inner + listeners.faults(sockets, ports, subject.plan.listeners())
+    owners, units = listeners.parse_owners(parts["owners"]), subject.units()
+    planned = {port: units[s.name] for s in subject.plan.services for port in s.ports}
+    faults = inner + listeners.faults(sockets, ports, planned, owners)
     faults += firewall.faults(rules, ports)
+    if subject.engine is EngineName.DEBIAN and parts["rules"] != parts["planned"]:
+        faults.append(f"the rules are not those of {RULES_FILE}: {_first_other(parts)}")
     faults += [
         f"new connections to port {p} are not limited" for p in firewall.unlimited(rules, ports)
     ]
@@ -296,10 +316,19 @@ def judge_border(subject: Subject, output: str) -> Judgement:
             faults.append(f"{address}:{port} {'answers' if is_open else 'does not answer'}")
     return judged(
         expected,
-        f"{len(sockets)} listeners, {named} open, the firewall drops the rest",
+        f"{len(sockets)} listeners, each of its unit; {named} open, the firewall drops the rest",
         faults,
         "stop what listens, or give it a place in the profile and build the machine anew",
     )
+
+
+def _first_other(parts: Mapping[str, str]) -> str:
+    """The first line of the firewall's rules that is not the planned one."""
+    pairs = itertools.zip_longest(
+        parts["rules"].splitlines(), parts["planned"].splitlines(), fillvalue="(nothing)"
+    )
+    there, planned = next((a.strip(), b.strip()) for a, b in pairs if a != b)
+    return f"{there!r} where {planned!r} was"
 
 
 def _inner_faults(subject: Subject, answers: Sequence[tuple[str, int, bool]]) -> list[str] | None:

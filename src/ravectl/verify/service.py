@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from ravectl.model import Limits, Suite
+from ravectl.model import Limits, Service, Suite
 from ravectl.verify import guest
 from ravectl.verify.framework import (
     Check,
@@ -30,7 +30,7 @@ MIB = 2**20
 PROPERTIES = (
     "Id", "Names", "LoadState", "ActiveState", "SubState", "Result", "NRestarts",
     "ActiveEnterTimestampMonotonic", "ControlGroup", "MemoryMax", "CPUQuotaPerSecUSec",
-    "OOMScoreAdjust", "TasksMax", "CPUWeight",
+    "OOMScoreAdjust", "TasksMax", "CPUWeight", "MainPID",
 )  # fmt: skip
 
 # A systemctl costs 0.25 s under TCG, so one is run only for what it may have to say. A boot
@@ -54,7 +54,8 @@ echo '== jobs =='
 echo '== units =='
 printf '%%s\n' "$shown"
 echo '== cgroups =='
-finish=${manager##*FinishTimestampMonotonic=} finish=${finish%%%%[!0-9]*} matches=() id= enter=
+finish=${manager##*FinishTimestampMonotonic=} finish=${finish%%%%[!0-9]*}
+matches=() scores=() id= enter=
 while IFS= read -r line; do
   case $line in
     ControlGroup=/*)
@@ -64,6 +65,10 @@ while IFS= read -r line; do
       IFS= read -r pids <"/sys/fs/cgroup$group/pids.max"
       IFS= read -r weight <"/sys/fs/cgroup$group/cpu.weight"
       printf '%%s|%%s|%%s|%%s|%%s\n' "$group" "$memory" "$cpu" "$pids" "$weight" ;;
+    MainPID=[1-9]*)
+      pid=${line#MainPID=} score=
+      IFS= read -r score <"/proc/$pid/oom_score_adj"
+      scores+=("$pid $score") ;;
     Id=*) id=${line#Id=} ;;
     ActiveEnterTimestampMonotonic=*) enter=${line#*=} ;;
   esac
@@ -73,6 +78,8 @@ while IFS= read -r line; do
   fi
   [[ $line ]] || id= enter=
 done 2>/dev/null <<<"$shown"
+echo '== scores =='
+printf '%%s\n' "${scores[@]}"
 echo '== journal =='
 if (( ${#matches[@]} )); then
   sudo -n journalctl -q -b -o json --output-fields=UNIT --no-pager \\
@@ -90,7 +97,7 @@ def machine_script(subject: Subject) -> str:
     """The script that asks for the system's state and everything about the units of the Plan."""
     return MACHINE_SCRIPT % {
         "properties": ",".join(PROPERTIES),
-        "units": shlex.join(subject.units().values()),
+        "units": shlex.join((*subject.units().values(), *subject.helpers())),
     }
 
 
@@ -141,10 +148,10 @@ def _manager(text: str) -> dict[str, str]:
 
 
 def _by_unit(subject: Subject, text: str) -> dict[str, dict[str, str]]:
-    """The properties of each service of the Plan, by the service's name."""
+    """The properties of each service of the Plan, by its name, and of each helper, by its unit."""
     blocks = guest.properties(text)
     found = {}
-    for name, unit in subject.units().items():
+    for name, unit in (*subject.units().items(), *((h, h) for h in subject.helpers())):
         for block in blocks:
             # an alias (sshd.service for ssh.service) stands in Names, not in Id
             if unit == block.get("Id") or unit in block.get("Names", "").split():
@@ -153,8 +160,8 @@ def _by_unit(subject: Subject, text: str) -> dict[str, dict[str, str]]:
 
 
 def judge_active(subject: Subject, output: str) -> Judgement:
-    """Each unit of the Plan is loaded and active."""
-    units = subject.units()
+    """Each unit of the Plan is loaded and active, and so is what they work by."""
+    units = {**subject.units(), **{helper: helper for helper in subject.helpers()}}
     expected = f"each of the {len(units)} units of the Plan is active"
     parts = guest.sections(output)
     if not units or parts is None or "units" not in parts:
@@ -285,8 +292,9 @@ def judge_limits(subject: Subject, output: str) -> Judgement:
     memory = subject.plan.machine.memory_mb
     expected = f"at most {memory} MB used, and each unit held to the limits of the Plan"
     parts = guest.sections(output)
-    if parts is None or not {"units", "cgroups", "memory"} <= parts.keys():
+    if parts is None or not {"units", "cgroups", "scores", "memory"} <= parts.keys():
         return unreadable(expected, "the answer about the units is incomplete")
+    scores = dict(line.partition(" ")[::2] for line in parts["scores"].splitlines())
     used = used_mb(parts["memory"])
     shown, groups = _by_unit(subject, parts["units"]), _cgroups(parts["cgroups"])
     if used is None or not subject.plan.services:
@@ -297,6 +305,9 @@ def judge_limits(subject: Subject, output: str) -> Judgement:
         if block is None or "MemoryMax" not in block:
             return unreadable(expected, f"systemd said nothing about {unit}")
         faults += [f"{unit}: {fault}" for fault in limit_faults(service.limits, block)]
+        pid = block.get("MainPID", "0")
+        if pid != "0" and scores.get(pid) not in _scores(service):
+            faults.append(f"{unit}: the kernel's oom_score_adj is {scores.get(pid) or 'missing'}")
         group = block.get("ControlGroup", "")
         if group:
             faults += [
@@ -306,10 +317,16 @@ def judge_limits(subject: Subject, output: str) -> Judgement:
             faults.append(f"{unit}: has no control group")
     return judged(
         expected,
-        f"{used} MB used, the limits of {len(shown)} units are the Plan's",
+        f"{used} MB used, the limits of {len(subject.plan.services)} units are the Plan's",
         faults,
         "the machine is not what the profile says now: ravectl build, then ravectl up",
     )
+
+
+def _scores(service: Service) -> tuple[str, ...]:
+    """What the kernel may say of its process. sshd takes itself out of it, but no session of it."""
+    planned = str(service.limits.oom_score_adjust)
+    return (planned, "-1000") if service.name == "ssh" else (planned,)
 
 
 def used_mb(meminfo: str) -> int | None:

@@ -1,0 +1,235 @@
+"""A check of the suite `security`: the machine's system is, file by file, that of its image.
+
+Other checks ask what a service does; this one asks whether anything was changed at all. The
+kernel sets a file's ctime at each change, and no program can set it back but by setting the clock,
+so only what is newer than the image is looked at: that takes seconds, not the minutes that hashing
+a system takes under emulation.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import shlex
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ravectl import inventory
+from ravectl.engines.debian import EPOCH
+from ravectl.model import EngineName, Suite
+from ravectl.verify import guest
+from ravectl.verify.framework import (
+    Check,
+    Judgement,
+    Probe,
+    Subject,
+    VerifyTarget,
+    judged,
+    unreadable,
+)
+
+MOST = 2000  # paths that are looked at; a system of which more changed is another
+
+# Where configuration is read from that lies in memory: all of it goes before that of the image.
+RUNTIME = (
+    "/run/systemd/system", "/run/systemd/system.control", "/run/systemd/system.attached",
+    "/run/systemd/transient", "/run/systemd/network", "/run/systemd/user", "/run/udev/rules.d",
+    "/run/sysctl.d", "/run/modprobe.d", "/run/modules-load.d", "/run/tmpfiles.d",
+    "/run/sysusers.d", "/run/environment.d",
+)  # fmt: skip
+TRANSIENT = "/run/systemd/transient/"  # units of a session or a command, beside those of the image
+
+_DESCRIBE = """\
+import hashlib, json, os, stat, sys
+kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "dir", stat.S_IFLNK: "link"}
+for raw in sys.stdin.buffer.read().split(b"\\0"):
+    try:
+        s = os.lstat(raw) if raw else None
+        if not s:
+            continue
+        kind, content, cap, inner = kinds.get(stat.S_IFMT(s.st_mode), "other"), "", "", []
+        if kind == "file":
+            with open(raw, "rb") as f:
+                content = hashlib.file_digest(f, "sha256").hexdigest()
+            if "security.capability" in os.listxattr(raw):
+                cap = os.getxattr(raw, "security.capability").hex()
+        elif kind == "link":
+            content = os.fsdecode(os.readlink(raw))
+        elif kind == "dir":
+            inner = sorted(os.listdir(os.fsdecode(raw)))
+        mode = 0o777 if kind == "link" else stat.S_IMODE(s.st_mode)
+        print(json.dumps([os.fsdecode(raw), kind, mode, s.st_uid, s.st_gid, content, cap, inner]))
+    except FileNotFoundError:
+        pass
+"""
+
+# `head` ends before `find` has said all of a system that is another
+IMAGE_SCRIPT = """\
+echo '== changed =='
+find %(folders)s -xdev -newerct @%(epoch)d -print0 |
+  head -z -n %(most)d | /usr/bin/python3 -c %(code)s
+echo '== runtime =='
+find %(runtime)s ! -type d -print 2>/dev/null
+echo '== mounts =='
+printf '%%s\\n' "$(</proc/self/mountinfo)"
+"""
+
+# /etc is links into the store there, which nobody can write to
+STORE_SCRIPT = """\
+echo '== system =='
+for name in /run/booted-system /run/current-system /etc/static /run/current-system/etc; do
+  echo "$name $(readlink -f "$name")"
+done
+echo '== runtime =='
+find %(runtime)s ! -type d -print 2>/dev/null
+echo '== mounts =='
+printf '%%s\\n' "$(</proc/self/mountinfo)"
+"""
+
+
+def integrity_script(subject: Subject) -> str:
+    """The script that shows what was changed since the image was made, and what goes before it."""
+    values = {
+        "folders": shlex.join(f"/{f}" for f in inventory.FOLDERS), "epoch": EPOCH,
+        "most": MOST, "code": shlex.quote(_DESCRIBE), "runtime": shlex.join(RUNTIME),
+    }  # fmt: skip
+    return (STORE_SCRIPT if subject.engine is EngineName.NIX else IMAGE_SCRIPT) % values
+
+
+def _collect(target: VerifyTarget, deadline: float) -> str:
+    script = integrity_script(target.subject)
+    output = guest.run_script(target, script, deadline, root=True)
+    if target.inventory is None:
+        return output
+    return output.removesuffix(f"{guest.END}\n") + image_rows(output, target.inventory)
+
+
+def image_rows(output: str, path: Path) -> str:
+    """What the image holds at the paths of an answer, as the section `image` of it."""
+    entries = inventory.load(path)
+    inner: dict[str, list[str]] = {}
+    for name in entries:
+        inner.setdefault(posixpath.dirname(name), []).append(posixpath.basename(name))
+    rows = []
+    for row in _rows((guest.sections(output) or {}).get("changed", "")) or ():
+        name = row[0]
+        if e := entries.get(name):
+            held = [name, e.kind, e.mode, e.uid, e.gid, e.content, e.capability]
+            rows.append([*held, sorted(inner.get(name, ())) if e.kind == "dir" else []])
+    lines = "".join(json.dumps(r) + "\n" for r in rows)
+    return f"== image ==\n{lines}{guest.END}\n"
+
+
+INTEGRITY = Probe("integrity", _collect, 45.0)
+
+
+def judge_integrity(subject: Subject, output: str) -> Judgement:
+    """No file of the system is other than in the image, and none goes before those."""
+    own = subject.plan.hardening.own_files[subject.engine]
+    expected = "each file of the system as in the image, but for what is the machine's own"
+    parts = guest.sections(output)
+    wanted = {"runtime", "mounts"} | (
+        {"system"} if subject.engine is EngineName.NIX else {"changed", "image"}
+    )
+    if parts is None or not wanted <= parts.keys():
+        return unreadable(expected, "the answer about the system's files is incomplete")
+    places = [words[4] for words in map(str.split, parts["mounts"].splitlines()) if len(words) > 6]
+    if "/" not in places:
+        return unreadable(expected, "the machine does not say what is mounted")
+    if subject.engine is EngineName.NIX:
+        found = _store_faults(parts["system"])
+        seen = "the system that was booted, as the store has it"
+    else:
+        changed, image = _rows(parts["changed"]), _rows(parts["image"])
+        if changed is None or image is None:
+            return unreadable(expected, "the answer about the system's files cannot be read")
+        found = file_faults(changed, image, own)
+        seen = f"{len(changed)} paths are newer than the image, each the same or the machine's own"
+    if found is None:
+        return unreadable(expected, "the machine does not say which system it runs")
+    runtime = parts["runtime"].splitlines()
+    planned = {*subject.units().values(), *subject.helpers()}
+    faults = [
+        *found,
+        *(f"{p} goes before the image" for p in runtime if not _is_beside(p, planned)),
+        *(f"something is mounted over {p}" for p in places if p.split("/")[1] in inventory.FOLDERS),
+    ]
+    return judged(expected, seen, faults, "undo it, or get the image's own disk: ravectl reset")
+
+
+def _is_beside(path: str, planned: Collection[str]) -> bool:
+    """Whether it is a unit that systemd made on demand, and none of the Plan's."""
+    unit = path.removeprefix(TRANSIENT).split("/")[0].removesuffix(".d")
+    return path.startswith(TRANSIENT) and unit not in planned
+
+
+def _rows(text: str) -> list[list[Any]] | None:
+    """The rows, or None when any is not of the form."""
+    found = []
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            return None
+        if not (isinstance(row, list) and len(row) == 8 and isinstance(row[0], str)):
+            return None
+        found.append(row)
+    return found
+
+
+def file_faults(
+    changed: Iterable[list[Any]], image: Iterable[list[Any]], own: Collection[str]
+) -> list[str]:
+    """What of the rows that are newer than the image is other than in it."""
+    held = {row[0]: row for row in image}
+    faults = []
+    for row in changed:
+        path, there = row[0], held.get(row[0])
+        if path in own:
+            continue
+        if there is None:
+            faults.append(f"{path} is not in the image")
+            continue
+        faults += [f"{path} {what}" for what in _differences(row, there)]
+        names = {posixpath.join(path, n) for n in there[7]} - {
+            posixpath.join(path, n) for n in row[7]
+        }
+        faults += [f"{name} is gone" for name in sorted(names - set(own))]
+    return faults
+
+
+def _differences(row: list[Any], there: list[Any]) -> list[str]:
+    _, kind, mode, uid, gid, content, capability, _ = row
+    _, kind_, mode_, uid_, gid_, content_, capability_, _ = there
+    if kind != kind_:
+        return [f"is a {kind}, not a {kind_}"]
+    found = []
+    if content != content_:
+        found.append("has other content than in the image" if kind == "file" else
+                     f"leads to {content}, not to {content_}")  # fmt: skip
+    if (mode, uid, gid) != (mode_, uid_, gid_):
+        found.append(f"is {uid}:{gid} {mode:o}, not {uid_}:{gid_} {mode_:o}")
+    if capability != capability_:
+        found.append("has other capabilities than in the image")
+    return found
+
+
+def _store_faults(text: str) -> list[str] | None:
+    """Where NixOS runs another system than it booted; None when it does not say."""
+    leads: Mapping[str, str] = dict(line.partition(" ")[::2] for line in text.splitlines())
+    booted, current = leads.get("/run/booted-system"), leads.get("/run/current-system")
+    if not booted or not booted.startswith("/nix/store/"):
+        return None
+    faults = []
+    if current != booted:
+        faults.append(f"the system is {current}, not {booted}, which was booted")
+    if leads.get("/etc/static") != leads.get("/run/current-system/etc"):
+        faults.append("/etc is of another system")
+    return faults
+
+
+CHECKS = (
+    Check("X7", Suite.SECURITY, "the system's files are those of the image", INTEGRITY,
+          judge_integrity),
+)  # fmt: skip
