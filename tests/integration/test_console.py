@@ -41,6 +41,7 @@ CSP = {
 WIDE, NARROW = {"width": 1440, "height": 900}, {"width": 360, "height": 740}
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="asks as other users")
+expect.set_options(timeout=20_000)  # a host that has other tests to run may need some of it
 
 
 @pytest.fixture(scope="module")
