@@ -50,13 +50,17 @@ def test_a_tree_is_taken_as_it_is(tmp_path: Path) -> None:
     assert found["/etc/pipe"].kind == "other"
 
 
+WHOLE = gzip.compress(b"#mtree\n")
+
+
 @pytest.mark.parametrize(
     "data",
     [
         b"", b"no gzip", gzip.compress(b"no mtree\n"), gzip.compress(b"#mtree\n./a\n"),
         gzip.compress(b"#mtree\n./a type=file mode=9 uid=0 gid=0\n"), gzip.compress(b"\xff"),
-        gzip.compress(b"#mtree\n")[:-4], gzip.compress(b"#mtree\n")[:10] + b"\xff" * 9,
+        WHOLE[:-4], WHOLE[:10] + b"\xff" * 9,
     ],
+    ids=["empty", "no gzip", "no mtree", "no type", "no mode", "no text", "cut", "damaged"],
 )  # fmt: skip
 def test_one_that_is_damaged_is_named(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / inventory.NAME

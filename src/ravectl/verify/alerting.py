@@ -43,14 +43,14 @@ _REBUILD = "the machine is not what the profile says now: ravectl build, then ra
 # --- O2, D5 ----------------------------------------------------------------------------------
 
 RULES_SCRIPT = """\
-ask() { echo "== $1 =="; curl -sS --max-time 10 "http://127.0.0.1:$2" 2>&1; echo; }
+ask() { echo "== $1 =="; curl -sS --max-time 30 "http://127.0.0.1:$2" 2>&1; echo; }
 ask rules '%(prometheus)d/api/v1/rules'
 ask flags '%(prometheus)d/api/v1/status/flags'
 ask receivers '%(alertmanager)d/api/v2/receivers'
 ask alertmanagers '%(prometheus)d/api/v1/alertmanagers'
 ask longterm '%(victoriametrics)d/flags'
 echo '== figures =='
-curl -sS --max-time 10 'http://127.0.0.1:%(prometheus)d/metrics' 2>&1 | grep -E \\
+curl -sS --max-time 30 'http://127.0.0.1:%(prometheus)d/metrics' 2>&1 | grep -E \\
   '^prometheus_(rule_evaluation_failures_total|tsdb_lowest_timestamp_seconds|target_scrapes_.*_total)'
 echo '== events =='
 grep 'retention_days' /etc/rave/dispatcher.yaml
@@ -63,7 +63,7 @@ printf '%%(%%s)T\\n'
 DASHBOARDS_SCRIPT = """\
 echo '== dashboards =='
 for uid in %(uids)s; do
-  answer=$(curl -sS --max-time 10 -w '\\n%%{http_code}' \\
+  answer=$(curl -sS --max-time 30 -w '\\n%%{http_code}' \\
     --config <(printf 'user = "%(user)s:%%s"\\n' "$(</run/secrets/grafana/admin-password)") \\
     "http://127.0.0.1:%(port)d/api/dashboards/uid/$uid" 2>&1)
   provisioned=no
@@ -92,7 +92,7 @@ def _collect_rules(target: VerifyTarget, deadline: float) -> str:
     return guest.run_script(target, script, deadline, root=root)
 
 
-RULES = Probe("rules", _collect_rules, 45.0)
+RULES = Probe("rules", _collect_rules, 120.0)
 
 
 def _said(parts: Mapping[str, str]) -> str:

@@ -32,8 +32,8 @@ BLOCKED, ENDED = "blocked", "block ended"
 
 BANS_SCRIPT = """\
 echo '== bans =='
-curl -sS --max-time 10 'http://127.0.0.1:%d/metrics?collect[]=textfile' | grep '^rave_bans_total'
-curl -sS --max-time 10 'http://127.0.0.1:%d/metrics' | grep '^rave_bans_total'
+curl -sS --max-time 30 'http://127.0.0.1:%d/metrics?collect[]=textfile' | grep '^rave_bans_total'
+curl -sS --max-time 30 'http://127.0.0.1:%d/metrics' | grep '^rave_bans_total'
 """
 
 

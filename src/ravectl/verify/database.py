@@ -50,7 +50,7 @@ def _collect(target: VerifyTarget, deadline: float) -> str:
     return guest.run_script(target, SCRIPT, deadline, root=True)
 
 
-DATABASE = Probe("database", _collect, 45.0)
+DATABASE = Probe("database", _collect, 120.0)
 
 
 def judge_database(_: Subject, output: str) -> Judgement:

@@ -33,7 +33,7 @@ GITHUB_SECRET, GITLAB_TOKEN = "dispatcher/github-secret", "dispatcher/gitlab-tok
 GITHUB, GITLAB, API = "/webhooks/github", "/webhooks/gitlab", "/api/v1"
 EVENT_TYPE = "rave-verify"  # the shipped rules make a task of it
 DELIVERIES = 3
-TASK_SECONDS = 30.0
+TASK_SECONDS = 60.0
 TOO_LARGE = 2**20 + 1
 STALE_SECONDS = 301  # Standard Webhooks tolerates five minutes
 COVERAGE = 0.95
@@ -218,7 +218,7 @@ COUNTERS = "rave_dispatcher_http_requests_total"
 # only what a route of webhooks answered
 COUNT_SCRIPT = f"""\
 echo '== counters =='
-curl -sS --max-time 10 http://127.0.0.1:%d/metrics | grep '^{COUNTERS}{{.*route="/webhooks/'
+curl -sS --max-time 30 http://127.0.0.1:%d/metrics | grep '^{COUNTERS}{{.*route="/webhooks/'
 """
 
 
@@ -326,7 +326,7 @@ _RESTORE = "the dispatcher's journal says how to restore it: ravectl logs dispat
 
 COVERAGE_SCRIPT = """\
 echo '== coverage =='
-curl -sS --max-time 10 http://127.0.0.1:%d/metrics 2>&1 \\
+curl -sS --max-time 30 http://127.0.0.1:%d/metrics 2>&1 \\
   | grep '^rave_dispatcher_trace_coverage_ratio '
 """
 
@@ -351,22 +351,22 @@ def judge_coverage(subject: Subject, output: str) -> Judgement:
 HTTP_CHECKS = (
     Check(
         "H5", Suite.HTTP, "a webhook is stored once and becomes a task, in one trace",
-        Probe("webhook", _collect_webhook, 60.0), judge_webhook,
+        Probe("webhook", _collect_webhook, 150.0), judge_webhook,
     ),
     Check(
         "H6", Suite.HTTP, "wrong webhooks are refused, counted and not stored",
-        Probe("hostile", _collect_hostile, 60.0), judge_hostile,
+        Probe("hostile", _collect_hostile, 150.0), judge_hostile,
     ),
 )  # fmt: skip
 DATA_CHECKS = (
     Check(
         "D2", Suite.DATA, "the event store is sound and durable",
-        Probe("eventstore", _collect_store, 90.0), judge_store,
+        Probe("eventstore", _collect_store, 180.0), judge_store,
     ),
 )  # fmt: skip
 OBSERVABILITY_CHECKS = (
     Check(
         "O4", Suite.OBSERVABILITY, "tasks have complete traces",
-        Probe("coverage", _collect_coverage, 30.0), judge_coverage,
+        Probe("coverage", _collect_coverage, 90.0), judge_coverage,
     ),
 )  # fmt: skip

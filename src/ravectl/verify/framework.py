@@ -89,7 +89,9 @@ class Probe:
     """Collects the output that one or more checks judge.
 
     `collect` gets the target and a time.monotonic() value by which it must be done, `seconds`
-    after it began. A probe that runs `alone` measures time, so nothing else runs beside it.
+    after it began: some six times what it takes under emulation on a quiet host, so that a loaded
+    one is not taken for a machine that hangs. A probe that runs `alone` measures time, so nothing
+    else runs beside it.
     """
 
     name: str

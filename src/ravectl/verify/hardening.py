@@ -82,7 +82,7 @@ def _collect_kernel(target: VerifyTarget, deadline: float) -> str:
     return guest.run_script(target, kernel_script(target.subject), deadline, root=True)
 
 
-KERNEL = Probe("kernel", _collect_kernel, 45.0)
+KERNEL = Probe("kernel", _collect_kernel, 120.0)
 
 
 def judge_kernel(subject: Subject, output: str) -> Judgement:
@@ -284,7 +284,7 @@ def _collect_exposures(target: VerifyTarget, deadline: float) -> str:
     return guest.run_script(target, exposure_script(target.subject), deadline)
 
 
-EXPOSURES = Probe("exposures", _collect_exposures, 45.0)
+EXPOSURES = Probe("exposures", _collect_exposures, 120.0)
 
 
 def exposure_limits(subject: Subject) -> dict[str, float]:

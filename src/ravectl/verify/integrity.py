@@ -121,7 +121,7 @@ def image_rows(output: str, path: Path) -> str:
     return f"== image ==\n{lines}{guest.END}\n"
 
 
-INTEGRITY = Probe("integrity", _collect, 45.0)
+INTEGRITY = Probe("integrity", _collect, 120.0)
 
 
 def judge_integrity(subject: Subject, output: str) -> Judgement:

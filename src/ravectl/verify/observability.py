@@ -23,7 +23,7 @@ PROMETHEUS_PORT = 9090
 # A target that came up after its last scrape is down until the next one, so that is waited for.
 TARGETS_SCRIPT = """\
 while :; do
-  answer=$(curl -sS --max-time 5 'http://127.0.0.1:%(port)d/api/v1/targets?state=active' 2>&1)
+  answer=$(curl -sS --max-time 15 'http://127.0.0.1:%(port)d/api/v1/targets?state=active' 2>&1)
   [[ $answer != *'"health":"u'[pn]* || $answer == *'"health":"unknown"'* \\
     || $answer == *'"health":"down"'* ]] || break
   (( SECONDS < %(wait)d )) || break
@@ -105,6 +105,6 @@ def _target_faults(job: ScrapeJob, target: dict[str, Any]) -> list[str]:
 CHECKS = (
     Check(
         "O1", Suite.OBSERVABILITY, "every scrape target is up",
-        Probe("targets", _collect_targets, 45.0), judge_targets,
+        Probe("targets", _collect_targets, 120.0), judge_targets,
     ),
 )  # fmt: skip

@@ -122,7 +122,7 @@ def core(value: str) -> str:
     return max(reversed(lines), key=len, default=value)
 
 
-SECRETS = Probe("secrets", _collect, 60.0)
+SECRETS = Probe("secrets", _collect, 150.0)
 
 
 def judge_secrecy(subject: Subject, output: str) -> Judgement:

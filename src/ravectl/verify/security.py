@@ -165,7 +165,7 @@ def _collect_access(target: VerifyTarget, deadline: float) -> str:
     return output.removesuffix(f"{guest.END}\n") + f"== tries ==\n{''.join(tries)}{guest.END}\n"
 
 
-ACCESS = Probe("access", _collect_access, 45.0)
+ACCESS = Probe("access", _collect_access, 120.0)
 
 
 def _lines(rows: Iterable[Mapping[str, object]]) -> str:

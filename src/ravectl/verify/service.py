@@ -111,7 +111,7 @@ def _collect_machine(target: VerifyTarget, deadline: float) -> str:
     return output.removesuffix(f"{guest.END}\n") + f"== age ==\n{age:.3f}\n{guest.END}\n"
 
 
-MACHINE = Probe("machine", _collect_machine, 45.0)
+MACHINE = Probe("machine", _collect_machine, 120.0)
 
 
 # --- S1 --------------------------------------------------------------------------------------
