@@ -42,9 +42,14 @@ class Entry:
 
 
 def take(root: Path, folders: Iterable[str] = FOLDERS) -> dict[str, Entry]:
-    """Each path below the folders of a root, from `/`, in order. Links are not followed."""
-    paths = [f"/{top}" for top in folders if (root / top).is_dir()]
-    for top in tuple(paths):
+    """Each path below the folders of a root, and the links beside them, from `/`, in order.
+
+    Links are not followed.
+    """
+    tops = [f"/{top}" for top in folders if (root / top).is_dir()]
+    # /bin and /lib lead into /usr
+    paths = [*tops, *(f"/{p.name}" for p in root.iterdir() if p.is_symlink())]
+    for top in tops:
         for folder, inner, names in os.walk(f"{root}{top}", followlinks=False):
             below = folder.removeprefix(str(root))
             paths += [f"{below}/{name}" for name in (*inner, *names)]

@@ -21,6 +21,7 @@ from ravectl import profile
 from ravectl.model import EngineName
 from ravectl.plan import DASHBOARDS, make_plan
 from ravectl.verify import CHECKS, Check, Judgement, Subject
+from ravectl.verify.hardening import mount_faults
 from ravectl.verify.http import nearest_rank
 from ravectl.verify.service import boot_offset
 
@@ -123,11 +124,28 @@ FILE = json.dumps(["/etc/fstab", "file", 0o644, 0, 0, "1" * 64, "", []])
 FOLDER = '["/etc/nginx", "dir", 493, 0, 0, "", "", %s]'
 
 
+def row(name: str, line: str) -> Change:
+    """One more row in a section whose last line counts them."""
+
+    def change(text: str) -> str:
+        head, _, rest = text.partition(f"== {name} ==\n")
+        body, mark, tail = rest.partition("\n== ")
+        *lines, count = body.splitlines()
+        more = "\n".join([line, *lines, str(int(count) + 1)])
+        return f"{head}== {name} ==\n{more}{mark}{tail}"
+
+    return change
+
+
+def many(count: int) -> Change:
+    return chain(*[file(f"/usr/{n}") for n in range(count)])
+
+
 def file(path: str, **values: Any) -> Change:
     """A file that is newer than the image, with other `values` than it has there."""
     held = dict(zip(FIELDS, json.loads(FILE), strict=True)) | {"path": path}
     there = json.dumps(list((held | values).values()))
-    return chain(within("changed", there), within("image", json.dumps(list(held.values()))))
+    return chain(row("changed", there), row("image", json.dumps(list(held.values()))))
 
 
 def rows(where: dict[str, str], edit: Callable[[dict[str, Any]], object]) -> Change:
@@ -467,6 +485,10 @@ BROKEN = (
            "127.0.0.9:5432 (postgres) is not of postgresql@17-main.service"),
     Broken("X2", "nobody is known to listen", every(r"(?m)^\d+ 0::/system.slice/nginx.service\n"),
            "(nginx) is not of nginx.service"),
+    Broken("X2", "a unit of somebody's own",
+           regex(r"(?m)^(\d+) 0::/system.slice/mtail.service$",
+                 r"\1 0::/user.slice/user-1000.slice/user@1000.service/app.slice/mtail.service"),
+           "(mtail) is not of mtail.service"),
     Broken("X2", "systemd alone listens", regex(r'\("python3",pid=\d+,fd=\d+\),', ""),
            "127.0.0.1:3001 (systemd) is not of rave-dispatcher.service"),
     Broken("X2", "no DHCP client at its port",
@@ -836,7 +858,10 @@ BROKEN = (
     Broken("X6", "a process with a capability more",
            process("vibe-kanban.service", "CapBnd", "0000000000200000"),
            "vibe-kanban.service runs with more than CapabilityBoundingSet="),
-    Broken("X6", "nobody knows of a process", every(r"(?m)^\d+ (CapBnd|NoNewPrivs|Seccomp): .*\n"),
+    Broken("X6", "a process is another's", process("vibe-kanban.service", "Uid", "0"),
+           "vibe-kanban.service runs as 0, not as vibe-kanban"),
+    Broken("X6", "nobody knows of a process",
+           every(r"(?m)^\d+ (CapBnd|NoNewPrivs|Seccomp|Uid): .*\n"),
            "runs without NoNewPrivileges="),
     # X7
     Broken("X7", "other content", file("/etc/fstab", content="0" * 64),
@@ -849,11 +874,21 @@ BROKEN = (
            "/etc/fstab has other capabilities"),
     Broken("X7", "a link in its place", file("/etc/fstab", kind="link", content="/tmp/x"),
            "/etc/fstab is a link, not a file"),
-    Broken("X7", "a file more", within("changed", FILE.replace("/etc/fstab", "/etc/cron.d/x")),
+    Broken("X7", "a file more", row("changed", FILE.replace("/etc/fstab", "/etc/cron.d/x")),
            "/etc/cron.d/x is not in the image"),
     Broken("X7", "a file less",
-           chain(within("changed", FOLDER % "[]"), within("image", FOLDER % '["nginx.conf"]')),
+           chain(row("changed", FOLDER % "[]"), row("image", FOLDER % '["nginx.conf"]')),
            "/etc/nginx/nginx.conf is gone"),
+    Broken("X7", "a file that nobody can read", file("/etc/fstab", kind="error", content="I/O"),
+           "/etc/fstab cannot be looked at: I/O"),
+    Broken("X7", "too much to look at", many(2000), "2000 paths or more are newer"),
+    Broken("X7", "a drop-in for all services",
+           within("runtime", "/run/systemd/transient/service.d/x.conf"), "service.d/x.conf goes"),
+    Broken("X7", "a drop-in for all of a name",
+           within("runtime", "/run/systemd/transient/rave-.service.d/x.conf"), "goes before"),
+    Broken("X7", "a drop-in of another unit of the image",
+           chain(within("runtime", "/run/systemd/transient/nftables.service.d/x.conf"),
+                 within("known", "nftables.service")), "nftables.service.d/x.conf goes before"),
     Broken("X7", "a drop-in in memory",
            within("runtime", "/run/systemd/system/ssh.service.d/x.conf"),
            "/run/systemd/system/ssh.service.d/x.conf goes before the image"),
@@ -937,8 +972,9 @@ UNREADABLE = (
     ("X6", "systemd-analyze failed",
      chain(without("exposures"), swap("== end", "== exposures ==\nFailed to connect\n== end"))),
     ("X6", "no process was looked at", without("processes")),
-    ("X7", "it is cut short", within("changed", '["/etc/fstab", "file"]')),
-    ("X7", "no Python", within("changed", "/usr/bin/python3: not found")),
+    ("X7", "a row is cut short", row("changed", '["/etc/fstab", "file"]')),
+    ("X7", "it broke off", within("changed", FILE)),
+    ("X7", "no Python", regex(r"(?ms)(^== changed ==\n).*?(?=^== )", r"\1")),
     ("X7", "the image has no inventory", without("image")),
     ("X7", "no mounts", regex(r"(?m)^\d+ .*\n", "")),
     ("X6", "a unit is missing", regex(r"(?m)^.* for nginx\.service: .*\n", "")),
@@ -1046,7 +1082,7 @@ def test_a_unit_restarted_after_the_boot_started_when_it_first_did() -> None:
     "change",
     [
         file("/etc/fstab"),
-        chain(within("changed", FOLDER % '["b"]'), within("image", FOLDER % '["b"]')),
+        chain(row("changed", FOLDER % '["b"]'), row("image", FOLDER % '["b"]')),
         within("runtime", "/run/systemd/transient/rave-task-0.service"),
         within("runtime", "/run/systemd/transient/session-3.scope.d/50-TasksMax.conf"),
         swap("\n== image ==", "\n99 1 0:9 / /home/agent rw - tmpfs x rw\n== image =="),
@@ -1064,6 +1100,7 @@ STORE = """\
 /run/current-system /nix/store/a-nixos
 /etc/static /nix/store/e-etc/etc
 /run/current-system/etc /nix/store/e-etc/etc
+== etc ==
 == runtime ==
 == mounts ==
 25 1 254:0 / / rw - ext4 /dev/vda rw
@@ -1080,6 +1117,8 @@ STORE = """\
         (swap("/etc/static /nix/store/e", "/etc/static /nix/store/f"), False, True,
          "/etc is of another system"),
         (within("runtime", "/run/systemd/system/x.service"), False, True, "goes before the image"),
+        (within("etc", "Files /etc/static/sudoers and /etc/sudoers differ"), False, True,
+         "/etc is not the system's: Files /etc/static/sudoers and"),
         (swap("/nix/store/a-nixos", "/home/x"), False, False, "which system it runs"),
     ],
 )  # fmt: skip
@@ -1107,6 +1146,28 @@ def test_quiet_restarts_of_long_ago_are_no_fault() -> None:
 def test_harmless_rules_are_no_fault(expr: list[dict[str, Any]], why: str) -> None:
     found = judge(BY_ID["X2"], rule(*expr)(recorded(BY_ID["X2"])))
     assert found.ok, (why, found.seen)
+
+
+def test_a_worker_that_has_ended_is_nobody() -> None:
+    """nginx was reloaded while it was asked who listens."""
+    text = recorded(BY_ID["X2"])
+    pids = re.findall(r"(?m)^(\d+) 0::/system.slice/nginx.service$", text)
+    assert len(set(pids)) > 1
+    ended = every(rf"(?m)^{pids[0]} 0::/.*\n")(text)
+    assert judge(BY_ID["X2"], within("owners", f"{pids[0]} gone")(ended)).ok
+
+
+def test_where_nixos_keeps_its_setuid_programs_they_count() -> None:
+    held = {"/run": frozenset({"nosuid", "nodev"}), "/run/wrappers": frozenset({"nodev"})}
+    wanted = {"/run": ("nosuid", "nodev")}
+    assert mount_faults(wanted, held, ["/run/wrappers/bin/sudo"]) == []
+    assert mount_faults(wanted, held, ["/usr/bin/sudo"]) == [
+        "/run/wrappers is mounted without nosuid"
+    ]
+    held["/run/wrappers"] = frozenset()
+    assert mount_faults(wanted, held, ["/run/wrappers/bin/sudo"]) == [
+        "/run/wrappers is mounted without nodev"
+    ]
 
 
 def test_the_offset_of_the_clocks() -> None:

@@ -154,7 +154,7 @@ EXPLANATIONS: Final[Mapping[str, Explanation]] = {
     ),
     "X2": Explanation(
         "nothing but 22 and 3002 can be reached; every listener is the Plan's, and of the unit "
-        "whose port it is; the firewall's rules are those that it was given, it drops the rest, "
+        "whose port it is; the firewall's rules are those of its file (Debian), it drops the rest, "
         "limits new connections and, without `network.egress`, lets nothing out; "
         "accounts that run foreign code reach of the services their own and the router",
         "network attacks on services that were meant for the machine itself",
@@ -254,7 +254,7 @@ EXPLANATIONS: Final[Mapping[str, Explanation]] = {
     "X6": Explanation(
         "what `systemd-analyze security` says of each unit is at most its limit in the Plan: "
         "2.0 for ours, 4.0 for others, 9.0 for sshd ([why](hardening.md#units)); no service runs "
-        "with more rights than its unit has",
+        "as another account, with more capabilities or without the filters that its unit has",
         "a service that, once taken over, can do more to the machine than its work needs",
         "systemd-analyze security of each unit that has a limit in the Plan; of each service's "
         "process what the kernel says of its capabilities and system calls",

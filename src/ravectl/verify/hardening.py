@@ -33,7 +33,7 @@ for key in %(keys)s; do
   # what is in force is made of this one and the interface's own; to itself a machine may speak
   for own in /proc/sys/net/"${key:4:4}"/conf/*/"${key##*.}"; do
     [[ $own != */lo/* ]] && IFS= read -r value <"$own" || continue
-    own=${own#/proc/sys/}
+    own=${own#/proc/sys/} own=${own//./:}
     printf '%%s = %%s\\n' "${own//\\//.}" "$value"
   done
 done 2>/dev/null
@@ -120,7 +120,7 @@ def judge_kernel(subject: Subject, output: str) -> Judgement:
         else []
     )
     faults += _module_faults(wanted.blocked_modules, parts["loaded"], parts["blocked"])
-    faults += mount_faults(wanted.mounts, mounts)
+    faults += mount_faults(wanted.mounts, mounts, setuid)
     faults += [
         f"{line} is setuid or setgid" if line.startswith("/") else line
         for line in parts["setuid"].splitlines()
@@ -220,9 +220,12 @@ def _spelt(place: str) -> str:
 
 
 def mount_faults(
-    wanted: Mapping[str, tuple[str, ...]], mounts: Mapping[str, frozenset[str]]
+    wanted: Mapping[str, tuple[str, ...]],
+    mounts: Mapping[str, frozenset[str]],
+    setuid: Iterable[str] = (),
 ) -> list[str]:
-    """Which mount points are none, or lack an option."""
+    """Which mount points are none, or lack an option. One that holds programs `setuid` may do so:
+    NixOS has a place for them, below one where they do not count."""
     faults = []
     for place, options in wanted.items():
         if place not in mounts:
@@ -233,7 +236,9 @@ def mount_faults(
         above = [w for w in wanted if place.startswith(f"{w}/")]
         if place in wanted or not above:
             continue
-        if missing := [o for o in wanted[max(above, key=len)] if o not in held]:
+        lacks = [o for o in wanted[max(above, key=len)] if o not in held]
+        may = {"nosuid"} if any(p.startswith(f"{place}/") for p in setuid) else set()
+        if missing := [o for o in lacks if o not in may]:
             faults.append(f"{place} is mounted without {', '.join(missing)}")
     return faults
 
@@ -253,12 +258,14 @@ while IFS= read -r line; do
   [[ $line == MainPID=[1-9]* ]] || continue
   pid=${line#*=}
   while read -r key value _; do
-    case $key in CapBnd:|NoNewPrivs:|Seccomp:) echo "$pid $key $value" ;; esac
+    case $key in CapBnd:|NoNewPrivs:|Seccomp:|Uid:) echo "$pid $key $value" ;; esac
   done <"/proc/$pid/status"
 done 2>/dev/null <<<"$shown"
+echo '== accounts =='
+printf '%%s\\n' "$(</etc/passwd)"
 """
 SANDBOX_PROPERTIES = (
-    "Id", "MainPID", "NoNewPrivileges", "CapabilityBoundingSet", "SystemCallFilter",
+    "Id", "MainPID", "User", "NoNewPrivileges", "CapabilityBoundingSet", "SystemCallFilter",
 )  # fmt: skip
 # in the order of their bits (linux/capability.h)
 CAPABILITIES = (
@@ -298,7 +305,7 @@ def judge_exposures(subject: Subject, output: str) -> Judgement:
     limits = exposure_limits(subject)
     expected = f"the exposure of {len(limits)} units at most what the Plan says of each"
     parts = guest.sections(output) or {}
-    if not {"exposures", "shown", "processes"} <= parts.keys():
+    if not {"exposures", "shown", "processes", "accounts"} <= parts.keys():
         return unreadable(expected, "the answer about the units is incomplete")
     text = parts["exposures"]
     # of a template it makes an instance for the purpose
@@ -311,7 +318,8 @@ def judge_exposures(subject: Subject, output: str) -> Judgement:
         for unit, limit in limits.items()
         if seen[unit] > limit
     ]
-    faults += process_faults(guest.properties(parts["shown"]), parts["processes"])
+    accounts = dict(re.findall(r"(?m)^([^:]+):[^:]*:(\d+):", parts["accounts"]))
+    faults += process_faults(guest.properties(parts["shown"]), parts["processes"], accounts)
     spread = ", ".join(
         f"{unit} {seen[unit]:g}" for unit in sorted(limits, key=lambda u: -seen[u])[:3]
     )
@@ -324,8 +332,13 @@ def judge_exposures(subject: Subject, output: str) -> Judgement:
     )
 
 
-def process_faults(blocks: Iterable[Mapping[str, str]], text: str) -> list[str]:
-    """Where a unit's process has more rights than the unit: it was started when that had more."""
+def process_faults(
+    blocks: Iterable[Mapping[str, str]], text: str, accounts: Mapping[str, str]
+) -> list[str]:
+    """Where a unit's process has more rights than the unit: it was started when that had more.
+
+    `accounts` has the number of each account.
+    """
     has: dict[str, dict[str, str]] = {}
     for pid, key, value in re.findall(r"^(\d+) (\w+): (\w+)$", text, re.M):
         has.setdefault(pid, {})[key] = value
@@ -339,6 +352,9 @@ def process_faults(blocks: Iterable[Mapping[str, str]], text: str) -> list[str]:
             faults.append(f"{unit} runs without NoNewPrivileges=")
         if block.get("SystemCallFilter") and rights.get("Seccomp") != "2":
             faults.append(f"{unit} runs without SystemCallFilter=")
+        uid = accounts.get(block.get("User", ""))
+        if uid is not None and rights.get("Uid") != uid:
+            faults.append(f"{unit} runs as {rights.get('Uid', 'nobody')}, not as {block['User']}")
         bounds = block.get("CapabilityBoundingSet", "").replace("cap_", "").split()
         allowed = sum(1 << CAPABILITIES.index(c) for c in bounds if c in CAPABILITIES)
         if int(rights.get("CapBnd", "f" * 16), 16) & ~allowed:

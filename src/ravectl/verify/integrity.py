@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import posixpath
+import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -36,19 +37,27 @@ RUNTIME = (
     "/run/systemd/system", "/run/systemd/system.control", "/run/systemd/system.attached",
     "/run/systemd/transient", "/run/systemd/network", "/run/systemd/user", "/run/udev/rules.d",
     "/run/sysctl.d", "/run/modprobe.d", "/run/modules-load.d", "/run/tmpfiles.d",
-    "/run/sysusers.d", "/run/environment.d",
+    "/run/sysusers.d", "/run/environment.d", "/run/binfmt.d", "/run/userdb",
+    "/run/systemd/generator.early", "/run/systemd/system-generators",
+    *(f"/run/systemd/{name}.conf.d" for name in (
+        "coredump", "journald", "logind", "networkd", "resolved", "sleep", "system", "timesyncd",
+        "user",
+    )),
 )  # fmt: skip
+LINKS = ("bin", "lib", "lib64", "sbin")  # beside those folders
 TRANSIENT = "/run/systemd/transient/"  # units of a session or a command, beside those of the image
 
+# The last row says how many came before it, so that one that broke off is seen.
 _DESCRIBE = """\
 import hashlib, json, os, stat, sys
 kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "dir", stat.S_IFLNK: "link"}
-for raw in sys.stdin.buffer.read().split(b"\\0"):
+count = 0
+for raw in filter(None, sys.stdin.buffer.read().split(b"\\0")):
+    count += 1
+    content, cap, inner = "", "", []
     try:
-        s = os.lstat(raw) if raw else None
-        if not s:
-            continue
-        kind, content, cap, inner = kinds.get(stat.S_IFMT(s.st_mode), "other"), "", "", []
+        s = os.lstat(raw)
+        kind = kinds.get(stat.S_IFMT(s.st_mode), "other")
         if kind == "file":
             with open(raw, "rb") as f:
                 content = hashlib.file_digest(f, "sha256").hexdigest()
@@ -59,16 +68,21 @@ for raw in sys.stdin.buffer.read().split(b"\\0"):
         elif kind == "dir":
             inner = sorted(os.listdir(os.fsdecode(raw)))
         mode = 0o777 if kind == "link" else stat.S_IMODE(s.st_mode)
-        print(json.dumps([os.fsdecode(raw), kind, mode, s.st_uid, s.st_gid, content, cap, inner]))
+        row = [os.fsdecode(raw), kind, mode, s.st_uid, s.st_gid, content, cap, inner]
     except FileNotFoundError:
-        pass
+        count -= 1
+        continue
+    except OSError as e:
+        row = [os.fsdecode(raw), "error", 0, 0, 0, str(e), "", []]
+    print(json.dumps(row))
+print(json.dumps(count))
 """
 
 # `head` ends before `find` has said all of a system that is another
 IMAGE_SCRIPT = """\
 echo '== changed =='
 find %(folders)s -xdev -newerct @%(epoch)d -print0 |
-  head -z -n %(most)d | /usr/bin/python3 -c %(code)s
+  head -z -n %(most)d | /usr/bin/python3 -IB -c %(code)s
 echo '== runtime =='
 find %(runtime)s ! -type d -print 2>/dev/null
 echo '== mounts =='
@@ -81,6 +95,8 @@ echo '== system =='
 for name in /run/booted-system /run/current-system /etc/static /run/current-system/etc; do
   echo "$name $(readlink -f "$name")"
 done
+echo '== etc =='
+diff --recursive --brief /etc/static /etc 2>&1 | grep -vE '^(Only in /etc[:/]|diff: )'
 echo '== runtime =='
 find %(runtime)s ! -type d -print 2>/dev/null
 echo '== mounts =='
@@ -91,7 +107,7 @@ printf '%%s\\n' "$(</proc/self/mountinfo)"
 def integrity_script(subject: Subject) -> str:
     """The script that shows what was changed since the image was made, and what goes before it."""
     values = {
-        "folders": shlex.join(f"/{f}" for f in inventory.FOLDERS), "epoch": EPOCH,
+        "folders": shlex.join(f"/{f}" for f in (*inventory.FOLDERS, *LINKS)), "epoch": EPOCH,
         "most": MOST, "code": shlex.quote(_DESCRIBE), "runtime": shlex.join(RUNTIME),
     }  # fmt: skip
     return (STORE_SCRIPT if subject.engine is EngineName.NIX else IMAGE_SCRIPT) % values
@@ -100,25 +116,40 @@ def integrity_script(subject: Subject) -> str:
 def _collect(target: VerifyTarget, deadline: float) -> str:
     script = integrity_script(target.subject)
     output = guest.run_script(target, script, deadline, root=True)
+    # these are ours: what a guest says of them is no answer
+    output = re.sub(r"(?m)^== (image|known) ==$", "", output)
     if target.inventory is None:
         return output
     return output.removesuffix(f"{guest.END}\n") + image_rows(output, target.inventory)
 
 
 def image_rows(output: str, path: Path) -> str:
-    """What the image holds at the paths of an answer, as the section `image` of it."""
+    """What the image holds at the paths of an answer, and which transient units it has, too."""
     entries = inventory.load(path)
+    parts = guest.sections(output) or {}
     inner: dict[str, list[str]] = {}
     for name in entries:
         inner.setdefault(posixpath.dirname(name), []).append(posixpath.basename(name))
     rows = []
-    for row in _rows((guest.sections(output) or {}).get("changed", "")) or ():
+    for row in _rows(parts.get("changed", "")) or ():
         name = row[0]
         if e := entries.get(name):
             held = [name, e.kind, e.mode, e.uid, e.gid, e.content, e.capability]
             rows.append([*held, sorted(inner.get(name, ())) if e.kind == "dir" else []])
-    lines = "".join(json.dumps(r) + "\n" for r in rows)
-    return f"== image ==\n{lines}{guest.END}\n"
+    image = "".join(json.dumps(r) + "\n" for r in [*rows, len(rows)])
+    units = {*inner.get("/usr/lib/systemd/system", ()), *inner.get("/etc/systemd/system", ())}
+    beside = {_unit(p) for p in parts.get("runtime", "").splitlines() if p.startswith(TRANSIENT)}
+    known = "".join(f"{u}\n" for u in sorted(beside) if {u, _template(u)} & units)
+    return f"== image ==\n{image}== known ==\n{known}{guest.END}\n"
+
+
+def _unit(path: str) -> str:
+    """The unit that a file below TRANSIENT is, or is a drop-in of."""
+    return path.removeprefix(TRANSIENT).split("/")[0].removesuffix(".d")
+
+
+def _template(unit: str) -> str:
+    return re.sub(r"@[^.]*\.", "@.", unit, count=1)
 
 
 INTEGRITY = Probe("integrity", _collect, 120.0)
@@ -126,48 +157,67 @@ INTEGRITY = Probe("integrity", _collect, 120.0)
 
 def judge_integrity(subject: Subject, output: str) -> Judgement:
     """No file of the system is other than in the image, and none goes before those."""
-    own = subject.plan.hardening.own_files[subject.engine]
     expected = "each file of the system as in the image, but for what is the machine's own"
     parts = guest.sections(output)
-    wanted = {"runtime", "mounts"} | (
-        {"system"} if subject.engine is EngineName.NIX else {"changed", "image"}
-    )
-    if parts is None or not wanted <= parts.keys():
+    nix = subject.engine is EngineName.NIX
+    if parts is None or not {
+        "runtime",
+        "mounts",
+        *(("system", "etc") if nix else ("changed",)),
+    } <= (parts.keys()):
         return unreadable(expected, "the answer about the system's files is incomplete")
     places = [words[4] for words in map(str.split, parts["mounts"].splitlines()) if len(words) > 6]
     if "/" not in places:
         return unreadable(expected, "the machine does not say what is mounted")
-    if subject.engine is EngineName.NIX:
-        found = _store_faults(parts["system"])
+    if nix:
+        found = _store_faults(parts["system"], parts["etc"])
         seen = "the system that was booted, as the store has it"
+    elif not {"image", "known"} <= parts.keys():
+        remedy = "make one that has: ravectl build, then ravectl reset"
+        return Judgement(False, expected, "its image has no inventory", remedy, ran=False)
     else:
-        changed, image = _rows(parts["changed"]), _rows(parts["image"])
-        if changed is None or image is None:
-            return unreadable(expected, "the answer about the system's files cannot be read")
-        found = file_faults(changed, image, own)
-        seen = f"{len(changed)} paths are newer than the image, each the same or the machine's own"
+        found, seen = _image_faults(subject, parts)
     if found is None:
         return unreadable(expected, "the machine does not say which system it runs")
-    runtime = parts["runtime"].splitlines()
-    planned = {*subject.units().values(), *subject.helpers()}
+    planned = {*subject.units().values(), *subject.helpers(), *parts.get("known", "").splitlines()}
     faults = [
         *found,
-        *(f"{p} goes before the image" for p in runtime if not _is_beside(p, planned)),
+        *(
+            f"{p} goes before the image"
+            for p in parts["runtime"].splitlines()
+            if not _is_beside(p, planned)
+        ),
         *(f"something is mounted over {p}" for p in places if p.split("/")[1] in inventory.FOLDERS),
     ]
     return judged(expected, seen, faults, "undo it, or get the image's own disk: ravectl reset")
 
 
+def _image_faults(subject: Subject, parts: Mapping[str, str]) -> tuple[list[str] | None, str]:
+    changed, image = _rows(parts["changed"]), _rows(parts["image"])
+    if changed is None or image is None:
+        return None, ""
+    own = subject.plan.hardening.own_files[subject.engine]
+    faults = file_faults(changed, image, own)
+    if len(changed) >= MOST:
+        faults.append(f"{MOST} paths or more are newer than the image; no more were looked at")
+    return faults, (
+        f"{len(changed)} paths are newer than the image, each the same or the machine's own"
+    )
+
+
 def _is_beside(path: str, planned: Collection[str]) -> bool:
     """Whether it is a unit that systemd made on demand, and none of the Plan's."""
-    unit = path.removeprefix(TRANSIENT).split("/")[0].removesuffix(".d")
-    return path.startswith(TRANSIENT) and unit not in planned
+    unit = _unit(path)
+    # a drop-in for all services has no name, one for all of a name a dash at its end
+    named = re.fullmatch(r"[^/]*[^/-]\.[a-z]+", unit)
+    return path.startswith(TRANSIENT) and bool(named) and unit not in planned
 
 
 def _rows(text: str) -> list[list[Any]] | None:
-    """The rows, or None when any is not of the form."""
+    """The rows, or None when any is not of the form or they are not as many as the last says."""
     found = []
-    for line in text.splitlines():
+    lines = text.splitlines()
+    for line in lines[:-1]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
@@ -175,7 +225,7 @@ def _rows(text: str) -> list[list[Any]] | None:
         if not (isinstance(row, list) and len(row) == 8 and isinstance(row[0], str)):
             return None
         found.append(row)
-    return found
+    return found if lines[-1:] == [str(len(found))] else None
 
 
 def file_faults(
@@ -187,6 +237,9 @@ def file_faults(
     for row in changed:
         path, there = row[0], held.get(row[0])
         if path in own:
+            continue
+        if row[1] == "error":
+            faults.append(f"{path} cannot be looked at: {row[5]}")
             continue
         if there is None:
             faults.append(f"{path} is not in the image")
@@ -215,13 +268,14 @@ def _differences(row: list[Any], there: list[Any]) -> list[str]:
     return found
 
 
-def _store_faults(text: str) -> list[str] | None:
-    """Where NixOS runs another system than it booted; None when it does not say."""
+def _store_faults(text: str, etc: str) -> list[str] | None:
+    """Where NixOS runs another system than it booted, or /etc has others' files in the place of
+    the system's; None when it does not say."""
     leads: Mapping[str, str] = dict(line.partition(" ")[::2] for line in text.splitlines())
     booted, current = leads.get("/run/booted-system"), leads.get("/run/current-system")
     if not booted or not booted.startswith("/nix/store/"):
         return None
-    faults = []
+    faults = [f"/etc is not the system's: {line}" for line in etc.splitlines()]
     if current != booted:
         faults.append(f"the system is {current}, not {booted}, which was booted")
     if leads.get("/etc/static") != leads.get("/run/current-system/etc"):

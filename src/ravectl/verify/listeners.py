@@ -13,6 +13,7 @@ from ravectl.verify.guest import number
 # it unasked is the firewall's to drop.
 DHCP_CLIENT_PORTS = (68, 546)
 DHCP_CLIENTS = ("systemd-networkd.service", "dhcpcd.service")
+GONE = "gone"  # in the place of a path: a worker that ended while it was asked
 WILDCARDS = ("*", "0.0.0.0", "::")  # noqa: S104 - compared with, not bound to
 
 
@@ -47,9 +48,12 @@ class Listener:
 
         `owners` has the path of each process' cgroup.
         """
-        mine = [pid for pid in self.pids if pid != 1]
-        known = all(set(units) & set(owners.get(pid, "").split("/")) for pid in mine)
-        return bool(mine) and known
+        paths = [owners.get(pid, "") for pid in self.pids if pid != 1]
+        there = [path for path in paths if path != GONE]
+        return bool(there) and all(
+            path.startswith("/system.slice/") and set(units) & set(path.split("/"))
+            for path in there
+        )
 
     def __str__(self) -> str:
         program = f" ({self.program})" if self.program else ""
@@ -77,7 +81,7 @@ def parse(text: str) -> list[Listener]:
 
 def parse_owners(text: str) -> dict[int, str]:
     """The path of the cgroup of each process, from lines of its pid and /proc/PID/cgroup."""
-    rows = re.findall(r"^(\d{1,10}) 0::(/\S*)$", text, re.M)
+    rows = re.findall(rf"^(\d{{1,10}}) (?:0::)?(/\S*|{GONE})$", text, re.M)
     return {int(pid): path for pid, path in rows}
 
 

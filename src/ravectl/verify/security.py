@@ -99,7 +99,7 @@ echo '== owners =='
 text=$listeners
 while [[ $text =~ ,pid=([0-9]+),(.*) ]]; do
   pid=${BASH_REMATCH[1]} text=${BASH_REMATCH[2]}
-  read -r path <"/proc/$pid/cgroup" && echo "$pid $path"
+  if read -r path <"/proc/$pid/cgroup"; then echo "$pid $path"; else echo "$pid gone"; fi
 done 2>/dev/null
 echo '== firewall =='
 nft -j list ruleset
