@@ -18,9 +18,9 @@ from ravectl.engines import debian
 from ravectl.errors import RavectlError
 
 
-def tarball(path: Path, text: bytes) -> Path:
+def tarball(path: Path, text: bytes, name: str = "package/dist/cli.js") -> Path:
     with tarfile.open(path, "w:gz") as tar:
-        entry = tarfile.TarInfo("package/dist/cli.js")
+        entry = tarfile.TarInfo(name)
         entry.size = len(text)
         tar.addfile(entry, io.BytesIO(text))
     return path
@@ -43,6 +43,15 @@ def test_an_npm_part_is_what_was_pinned(tmp_path: Path) -> None:
     assert fetch(tmp_path, part) == packed
     debian._unpack_part(part, packed, tmp_path / "root", tmp_path / "stage")
     assert (tmp_path / "root/opt/part/dist/cli.js").read_bytes() == b"good"
+
+
+@pytest.mark.parametrize("name", ["package/dist/../../../x", "package/dist//x"])
+def test_an_npm_part_writes_nowhere_else(tmp_path: Path, name: str) -> None:
+    packed = tarball(tmp_path / "part-1.0.0.tgz", b"evil", name)
+    part = debian.NpmPart("part", "1.0.0", integrity(packed))
+    with pytest.raises(RavectlError, match="would write to package/dist/"):
+        debian._unpack_part(part, packed, tmp_path / "root", tmp_path / "stage")
+    assert not [p for p in tmp_path.rglob("*") if p.name == "x"]
 
 
 def test_another_npm_part_is_refused(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from ravectl.errors import HostError, RavectlError, UsageError
 from ravectl.model import Account, AptSource
 
 SUITE = "trixie"
-RECIPE = 9  # raise it when this module makes another base from the same inputs
+RECIPE = 10  # raise it when this module makes another base from the same inputs
 # Newer time stamps are set to this one: 2026-01-01, before which every package of a point
 # release that matters here was built, so that most keep their own.
 EPOCH = 1767225600
@@ -526,14 +526,33 @@ def _unpack_part(part: NpmPart, tarball: Path, root: Path, stage: Path) -> None:
     target.mkdir(parents=True)
     with tarfile.open(tarball) as tar:
         if short == "vibe-kanban":
-            tar.extract("package/dist/linux-x64/vibe-kanban.zip", stage, filter="data")
-            with zipfile.ZipFile(stage / "package/dist/linux-x64/vibe-kanban.zip") as z:
+            unpack_below(tar, "package/dist/linux-x64/", stage / short)
+            with zipfile.ZipFile(stage / short / "vibe-kanban.zip") as z:
                 z.extract("vibe-kanban", target)
             (target / "vibe-kanban").chmod(0o755)
             return
-        members = [m for m in tar.getmembers() if m.name.startswith("package/dist/")]
-        tar.extractall(stage / short, members=members, filter="data")
-    shutil.move(stage / short / "package" / "dist", target / "dist")
+        unpack_below(tar, "package/dist/", target / "dist")
+
+
+def unpack_below(tar: tarfile.TarFile, prefix: str, target: Path) -> None:
+    """Write the regular files below `prefix` to `target`, modes 755 or 644, owned by the caller.
+
+    Not tarfile's filters: Debian 12's Python (3.11.2) is older than they are. Raises RavectlError
+    for a file that would lie elsewhere.
+    """
+    for member in tar.getmembers():
+        if not (member.isfile() and member.name.startswith(prefix)):
+            continue
+        place = Path(member.name.removeprefix(prefix))
+        content = tar.extractfile(member)
+        if place.is_absolute() or ".." in place.parts or content is None:
+            raise RavectlError(
+                f"a part from npm would write to {member.name}", "do not use it; report it"
+            )
+        path = target / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.read())
+        path.chmod(0o755 if member.mode & 0o100 else 0o644)
 
 
 def _fetching_wheels(into: Path) -> contextlib.AbstractContextManager[command.Background]:
