@@ -115,6 +115,19 @@ async def _end(process: asyncio.subprocess.Process | None, group: Path | None) -
     """End all that the task started."""
     if process is None:
         return
+    try:
+        await _end_in_order(process, group)
+    except asyncio.CancelledError:  # a service that ends has no more time: at once, then
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        raise
+    finally:
+        if group is not None:
+            with contextlib.suppress(OSError):
+                (group / "cgroup.kill").write_text("1")  # also who left the process group
+
+
+async def _end_in_order(process: asyncio.subprocess.Process, group: Path | None) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -124,9 +137,6 @@ async def _end(process: asyncio.subprocess.Process | None, group: Path | None) -
             if number is signal.SIGTERM and group is None:
                 continue  # what ignores SIGTERM may still be in the process group
             break
-    if group is not None:
-        with contextlib.suppress(OSError):
-            (group / "cgroup.kill").write_text("1")  # also who left the process group
 
 
 def _usage(group: Path | None, began: float) -> Usage:
