@@ -2,7 +2,7 @@
 
 A mutation is one way in which a machine goes wrong. Verifying once for each takes too long, so
 several are made at once, each in one round of four. With RAVE_EVERY_STEP=1 there are eight, by a
-code (20 minutes more): a mutation is made in two of them, no two mutations in the same two. Should
+code (15 minutes more): a mutation is made in two of them, no two mutations in the same two. Should
 one of them make a check fail that is not its own, there is a round in which it is made and whatever
 else that check may fail for is not: the round shows it.
 """
