@@ -135,7 +135,7 @@ MUTATIONS = (
         "systemctl stop rave-mutation-halts; pkill -CONT -x nginx; true",
     ),
     Mutation(
-        "tasks end in failure", "H5 X7", r"its task is (pending \(error\)|running)",
+        "tasks end in failure", "H5 X7", r"its task is (pending|failed) \(error\)|its task is running",
         *edit(DISPATCHER, "command: [/usr/bin/env, tee, TASK.md]", "command: [/bin/false]",
               RESTART),
     ),
@@ -200,13 +200,13 @@ MUTATIONS = (
         "mount -o remount,exec /dev/shm", "mount -o remount,noexec /dev/shm",
     ),
     Mutation(
+        "a target is not collected", "O1 X7", "requests is not scraped",
+        *edit(PROMETHEUS, "job_name: requests", "job_name: mutation", RELOAD_RULES),
+    ),
+    Mutation(
         "a unit's sandbox is open", "X6 X7", "vibe-kanban.service is exposed",
         *setting("vibe-kanban.service",
                  "ProtectSystem=no\\nPrivateDevices=no\\nRestrictNamespaces=no"),
-    ),
-    Mutation(
-        "a target is not collected", "O1 X7", "requests is not scraped",
-        *edit(PROMETHEUS, "job_name: requests", "job_name: mutation", RELOAD_RULES),
     ),
     Mutation(
         "an alert is not there", "O2 X7", "DiskFilling",
@@ -277,9 +277,9 @@ SUBTLE = (
         ">/proc/$(systemctl show -P MainPID mtail)/oom_score_adj",
     ),
     Mutation(
-        "a process was started with more rights", "X6", f"{NODE} runs without SystemCallFilter=",
+        "a process was started with more rights", "X6", f"{NODE} runs with more than Capab",
         "\n".join((
-            *setting(NODE, "SystemCallFilter=")[::2], f"systemctl restart {NODE}",
+            *setting(NODE, "CapabilityBoundingSet=~")[::2], f"systemctl restart {NODE}",
             setting(NODE, "")[1],
         )),
         f"systemctl restart {NODE}\n{scraped('node', up=True)}",
@@ -348,7 +348,8 @@ if os.environ.get("RAVE_EVERY_STEP"):
     CODES = tuple(zip(MUTATIONS, itertools.combinations(range(ROUNDS), 2), strict=False))
 else:
     ROUNDS = 4
-    # neighbours in the list are of one check, or near it; in a round they would hide one another
+    # Neighbours in the list are of one check, or near it; in a round they would hide one another.
+    # What sets a property does not share one with what reloads units, which takes it back.
     CODES = tuple((m, (i % ROUNDS,)) for i, m in enumerate(MUTATIONS))
 
 

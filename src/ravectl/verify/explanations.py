@@ -254,7 +254,7 @@ EXPLANATIONS: Final[Mapping[str, Explanation]] = {
     "X6": Explanation(
         "what `systemd-analyze security` says of each unit is at most its limit in the Plan: "
         "2.0 for ours, 4.0 for others, 9.0 for sshd ([why](hardening.md#units)); no service runs "
-        "as another account, with more capabilities or without the filters that its unit has",
+        "as another account, with more capabilities or without any filter where its unit has one",
         "a service that, once taken over, can do more to the machine than its work needs",
         "systemd-analyze security of each unit that has a limit in the Plan; of each service's "
         "process what the kernel says of its capabilities and system calls",
