@@ -135,7 +135,7 @@ MUTATIONS = (
         "systemctl stop rave-mutation-halts; pkill -CONT -x nginx; true",
     ),
     Mutation(
-        "tasks end in failure", "H5 X7", r"its task is (pending|failed) \(error\)|its task is running",
+        "tasks end in failure", "H5 X7", r"its task is (pending|failed|running)",
         *edit(DISPATCHER, "command: [/usr/bin/env, tee, TASK.md]", "command: [/bin/false]",
               RESTART),
     ),

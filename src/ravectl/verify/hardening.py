@@ -265,7 +265,8 @@ echo '== accounts =='
 printf '%%s\\n' "$(</etc/passwd)"
 """
 SANDBOX_PROPERTIES = (
-    "Id", "ActiveState", "MainPID", "User", "NoNewPrivileges", "CapabilityBoundingSet", "SystemCallFilter",
+    "Id", "ActiveState", "MainPID", "User", "NoNewPrivileges", "CapabilityBoundingSet",
+    "SystemCallFilter",
 )  # fmt: skip
 # in the order of their bits (linux/capability.h)
 CAPABILITIES = (
@@ -346,7 +347,7 @@ def process_faults(
     for block in blocks:
         pid, unit = block.get("MainPID", "0"), block.get("Id", "a unit")
         rights = has.get(pid, {})
-        # one that systemd is just about to start has not given up its own rights: it is named (UNIT)
+        # what systemd is about to start has not given up systemd's rights yet; its name is (UNIT)
         starting = block.get("ActiveState") != "active" or rights.get("Name", "").startswith("(")
         if pid == "0" or starting:
             continue
