@@ -1148,6 +1148,12 @@ def test_harmless_rules_are_no_fault(expr: list[dict[str, Any]], why: str) -> No
     assert found.ok, (why, found.seen)
 
 
+def test_what_is_just_starting_has_not_given_up_rights_yet() -> None:
+    text = process("vibe-kanban.service", "Uid", "0")(recorded(BY_ID["X6"]))
+    assert not judge(BY_ID["X6"], text).ok
+    assert judge(BY_ID["X6"], process("vibe-kanban.service", "Name", "(kanban)")(text)).ok
+
+
 def test_a_worker_that_has_ended_is_nobody() -> None:
     """nginx was reloaded while it was asked who listens."""
     text = recorded(BY_ID["X2"])
