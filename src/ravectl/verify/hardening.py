@@ -349,7 +349,8 @@ def process_faults(
         rights = has.get(pid, {})
         # what systemd is about to start has not given up systemd's rights yet; its name is (UNIT)
         starting = block.get("ActiveState") != "active" or rights.get("Name", "").startswith("(")
-        if pid == "0" or starting:
+        ended = bool(rights) and "Seccomp" not in rights  # while its state was read
+        if pid == "0" or starting or ended:
             continue
         if block.get("NoNewPrivileges") == "yes" and rights.get("NoNewPrivs") != "1":
             faults.append(f"{unit} runs without NoNewPrivileges=")
