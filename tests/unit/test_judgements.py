@@ -861,7 +861,7 @@ BROKEN = (
     Broken("X6", "a process is another's", process("vibe-kanban.service", "Uid", "0"),
            "vibe-kanban.service runs as 0, not as vibe-kanban"),
     Broken("X6", "nobody knows of a process",
-           every(r"(?m)^\d+ (CapBnd|NoNewPrivs|Seccomp|Uid): .*\n"),
+           every(r"(?m)^\d+ (Name|CapBnd|NoNewPrivs|Seccomp|Uid): .*\n"),
            "runs without NoNewPrivileges="),
     # X7
     Broken("X7", "other content", file("/etc/fstab", content="0" * 64),
