@@ -257,9 +257,11 @@ echo '== processes =='
 while IFS= read -r line; do
   [[ $line == MainPID=[1-9]* ]] || continue
   pid=${line#*=}
+  # at once: read line by line, it is made anew each time, and what grew meanwhile shifts the rest
+  status=$(<"/proc/$pid/status")
   while read -r key value _; do
     case $key in Name:|CapBnd:|NoNewPrivs:|Seccomp:|Uid:) echo "$pid $key $value" ;; esac
-  done <"/proc/$pid/status"
+  done <<<"$status"
 done 2>/dev/null <<<"$shown"
 echo '== accounts =='
 printf '%%s\\n' "$(</etc/passwd)"
