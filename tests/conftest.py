@@ -96,6 +96,8 @@ class Tool:
             [TOP / "scripts" / "quickstart"], env=self.environment, stdin=subprocess.DEVNULL,
             capture_output=True, text=True, timeout=800, check=False,
         )  # fmt: skip
+        # 3: a check did not hold, which test_quickstart.py tells; the machine is there
+        assert self.started.returncode in (0, 3), self.started.stdout + self.started.stderr
 
     def instance(self, name: str = "default") -> instance.Instance:
         return instance.Instance(self.workspace / ".rave" / "instances" / name, name)
