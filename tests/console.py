@@ -100,7 +100,7 @@ class Site:
         return (self.folder / f"{name}.log").read_text()
 
 
-def wait_for(url: str, seconds: float = 30) -> None:
+def wait_for(url: str, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while True:
         try:
@@ -155,7 +155,7 @@ def _start_node_exporter(site: Site) -> None:
         inside = f"system-{unit.split('@')[0]}.slice" if "@" in unit else ""
         if unit != STOPPED:
             (groups / inside / unit).mkdir(parents=True)
-    subprocess.run(["bash", script, texts, groups, "once"], check=True, timeout=20)
+    subprocess.run(["bash", script, texts, groups, "once"], check=True, timeout=120)
     site.spawn(
         "node", "prometheus-node-exporter", f"--web.listen-address=127.0.0.1:{site.ports['node']}",
         "--collector.disable-defaults", "--collector.cpu", "--collector.meminfo",

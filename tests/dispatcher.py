@@ -27,7 +27,7 @@ TOKEN = "test-api-token"
 GITLAB, GITHUB = b"test-gitlab-token", b"test-github-secret"
 STANDARD = b"whsec_" + base64.b64encode(b"test-standard-secret-of-32-bytes")
 AUTH = {"Authorization": f"Bearer {TOKEN}"}
-READY_SECONDS = 30.0
+READY_SECONDS = 120.0  # a host that has other tests to run, too
 
 
 @dataclass
@@ -91,7 +91,7 @@ class Dispatcher:
             self.process.kill()
             self.process.wait()
 
-    def stop(self, seconds: float = 10) -> int:
+    def stop(self, seconds: float = 60) -> int:
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(seconds)
@@ -100,12 +100,12 @@ class Dispatcher:
         self.write()
         return subprocess.run(
             [sys.executable, "-m", "rave_dispatcher", "--config", str(self.config_file), *words],
-            capture_output=True, text=True, check=False, timeout=60,
+            capture_output=True, text=True, check=False, timeout=180,
         )  # fmt: skip
 
     def request(
         self, method: str, path: str, body: bytes | None = None,
-        headers: Mapping[str, str] | None = None, seconds: float = 15,
+        headers: Mapping[str, str] | None = None, seconds: float = 60,
     ) -> Answer:  # fmt: skip
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=seconds)
         try:
@@ -138,7 +138,7 @@ class Dispatcher:
         """A delivery as GitHub makes it."""
         return self.request("POST", "/webhooks/github", body, github(body, delivery, **more))
 
-    def wait_for(self, path: str, holds: Any, seconds: float = 15) -> Any:
+    def wait_for(self, path: str, holds: Any, seconds: float = 60) -> Any:
         """Ask until an answer holds; the answer."""
         end = time.monotonic() + seconds
         while True:

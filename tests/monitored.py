@@ -242,7 +242,7 @@ class Load:
     def _ask(self, path: str, head: dict[str, str], body: bytes | None = None) -> None:
         request = urllib.request.Request(f"https://localhost:3002{path}", body, head)
         with contextlib.suppress(urllib.error.HTTPError, urllib.error.URLError):
-            urllib.request.urlopen(request, timeout=10, context=self._tls).close()
+            urllib.request.urlopen(request, timeout=60, context=self._tls).close()
 
 
 def ask(query: Query) -> Answer:
@@ -254,7 +254,7 @@ def ask(query: Query) -> Answer:
     }  # fmt: skip
     url = f"http://127.0.0.1:{query.port}/api/v1/query_range"
     try:
-        with urllib.request.urlopen(url, urllib.parse.urlencode(form).encode(), timeout=30) as a:
+        with urllib.request.urlopen(url, urllib.parse.urlencode(form).encode(), timeout=120) as a:
             document = json.load(a)
     except urllib.error.HTTPError as e:
         return Answer(0, e.read().decode(errors="replace")[:500])

@@ -7,7 +7,9 @@ import functools
 import hashlib
 import http.server
 import os
+import shutil
 import subprocess
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,8 +40,8 @@ class Repository:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.home = folder / "gnupg"
-        self.home.mkdir(parents=True, mode=0o700)
+        # the agent's socket is in it, whose path may have 107 bytes
+        self.home = Path(tempfile.mkdtemp(prefix="gnupg-"))
         self.dists = folder / "www" / "dists" / debian.SUITE
         (self.dists / "main" / "binary-amd64").mkdir(parents=True)
         (self.dists / "main" / "binary-amd64" / "Packages").write_bytes(b"")
@@ -79,6 +81,7 @@ class Repository:
     def end(self) -> None:
         home = {**os.environ, "GNUPGHOME": str(self.home)}
         subprocess.run(["gpgconf", "--kill", "all"], env=home, check=False)
+        shutil.rmtree(self.home, ignore_errors=True)  # an agent that ends removes its own
 
 
 @pytest.fixture

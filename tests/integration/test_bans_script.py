@@ -23,7 +23,11 @@ def test_a_block_that_begins_is_counted_once(tmp_path: Path) -> None:
     script = images.render_debian(PLAN).file("usr/lib/rave/bans").content
     for lines, count in (("", 0), (LINES, 2)):
         subprocess.run(
-            ["bash", "-c", script, "bans", tmp_path], input=lines, text=True, check=True, timeout=20
+            ["bash", "-c", script, "bans", tmp_path],
+            input=lines,
+            text=True,
+            check=True,
+            timeout=120,
         )
         figures = (tmp_path / "rave-bans.prom").read_text()
         assert figures.splitlines() == [

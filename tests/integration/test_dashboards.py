@@ -242,7 +242,7 @@ def test_the_script_of_o2_reads_what_grafana_answers(
     )
     try:
         done = subprocess.run(
-            ["bash", "-c", script], capture_output=True, text=True, timeout=60, check=False
+            ["bash", "-c", script], capture_output=True, text=True, timeout=180, check=False
         )
     finally:
         server.shutdown()
@@ -295,7 +295,7 @@ def test_apt_takes_what_that_key_signed_and_nothing_else(
     try:
         done = subprocess.run(
             ["apt-get", "update", "--error-on=any", *words], capture_output=True, text=True,
-            timeout=60, check=False, env={**os.environ, "LC_ALL": "C"},
+            timeout=180, check=False, env={**os.environ, "LC_ALL": "C"},
         )  # fmt: skip
     finally:
         server.shutdown()

@@ -47,7 +47,7 @@ def test_a_payload_that_makes_a_rule_endless_stops_nobody(
     with running(tmp_path, rules=[bad_one, {**RULE, "name": "g", "types": ["good"]}]) as d:
         bad = d.hook(json.dumps(payload).encode(), event="bad").json()["event_uuid"]
         after = d.hook(event="good").json()["event_uuid"]
-        event = d.wait_for(f"/v1/events/{after}", lambda e: e["processed"], 10)
+        event = d.wait_for(f"/v1/events/{after}", lambda e: e["processed"])
         assert event["task_id"] is not None
         seen = d.wait_for(f"/v1/events/{bad}", lambda e: e["processed"])
         assert seen["task_id"] is None

@@ -333,7 +333,7 @@ def test_ravectl_dies_during_a_build(tool: NixTool, number: signal.Signals) -> N
     running = tool.start("build", "--engine", "nix")
     wait_until("the build", lambda: "sleep 300" in tool.processes().values())
     running.send_signal(number)
-    running.communicate(timeout=30)
+    running.communicate(timeout=120)
     assert running.returncode == (130 if number is signal.SIGINT else -signal.SIGKILL)
     if number is signal.SIGKILL:
         # Nix dies with us at once, so without a sandbox or a daemon nobody ends what it started
@@ -346,7 +346,7 @@ def test_ravectl_dies_during_a_build(tool: NixTool, number: signal.Signals) -> N
     assert "is made" in tool.build().stderr
 
 
-def wait_until(what: str, happened: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(what: str, happened: Callable[[], bool], seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < end, f"{what} did not happen"

@@ -243,7 +243,7 @@ def test_a_closed_terminal_leaves_no_plain_text(made: Tool, number: signal.Signa
     path = Path(seen.read_text().strip())
     assert path.exists()
     running.send_signal(number)
-    running.communicate(timeout=30)
+    running.communicate(timeout=120)
     assert running.returncode == 130
     assert not path.parent.exists()
 

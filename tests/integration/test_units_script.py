@@ -40,7 +40,7 @@ def group(folder: Path, unit: str) -> Path:
 def look(script: Path) -> dict[str, float]:
     folder = script.parent
     subprocess.run(
-        ["bash", script, folder / "out", folder / "groups", "once"], check=True, timeout=20
+        ["bash", script, folder / "out", folder / "groups", "once"], check=True, timeout=120
     )
     text = "".join(p.read_text() for p in sorted((folder / "out").glob("*.prom")))
     rows = [re.fullmatch(r"(\S+) +(\S+)", x) for x in text.splitlines() if not x.startswith("#")]
@@ -101,7 +101,7 @@ def test_it_starts_nothing(script: Path) -> None:
     env = {**os.environ, "PATH": "/nonexistent"}
     subprocess.run(
         ["/bin/bash", script, script.parent / "out", script.parent / "groups", "once"],
-        check=True, timeout=20, env=env,
+        check=True, timeout=120, env=env,
     )  # fmt: skip
 
 

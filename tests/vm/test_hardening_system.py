@@ -98,7 +98,7 @@ def alerted(tool: Tool, names: set[str], since: float, seconds: float) -> str:
     end = time.monotonic() + seconds
     while True:
         with api(tool) as client:
-            found = client.items("/events", {"source": "alertmanager"}, 200)
+            found = list(client.items("/events", {"source": "alertmanager"}, 200))
         for event in found:
             for alert in event["payload"].get("alerts", ()):
                 if alert["labels"]["alertname"] in names and event["timestamp"] >= stamp(since):
