@@ -9,6 +9,7 @@ import json
 import os
 import re
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from typing import Any
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from rave_dispatcher.application.collect_metrics import FRESH_MS
 from rave_dispatcher.service import openapi_document
 from tests import dispatcher
 from tests.dispatcher import (
@@ -121,7 +123,24 @@ def test_one_trace_from_webhook_to_task(service: Dispatcher) -> None:
     assert output.body == b"Review T"
     page = service.get("/metrics", {"Accept": "application/openmetrics-text"}).body.decode()
     assert 'trace_id="' in page, "exemplars"
-    assert service.metric("rave_dispatcher_trace_coverage_ratio") == 1.0
+
+
+def test_the_share_of_complete_traces(tmp_path: Path) -> None:
+    """Of a task that ended just now the spans may be on their way."""
+    body = b'{"draft": false, "pull_request": {"title": "T"}}'
+    with dispatcher.running(tmp_path, rules=RULES) as d:
+        trace_id = d.hook(body, event="pull_request").json()["trace_id"]
+        d.wait_for(f"/v1/traces/{trace_id}", lambda p: len(p["items"]) == 3)
+
+        def share_after(change: str) -> float:
+            with contextlib.closing(sqlite3.connect(d.store)) as c, c:
+                assert c.execute(change).rowcount == 1
+            time.sleep(FRESH_MS / 1000)
+            return d.metric("rave_dispatcher_trace_coverage_ratio")
+
+        assert share_after("UPDATE spans SET name = 'another' WHERE name = 'event'") == 1.0
+        assert share_after("UPDATE tasks SET completed_ms = completed_ms - 31000") == 0.0
+        assert share_after("UPDATE spans SET name = 'event' WHERE name = 'another'") == 1.0
 
 
 def test_standard_webhooks(service: Dispatcher) -> None:

@@ -9,6 +9,7 @@ from rave_dispatcher.application.ports import Clock, Observer, Store
 from rave_dispatcher.domain.metrics import MAX_SERIES, Metric, fault_of
 
 COVERAGE_MS = 3_600_000
+SETTLED_MS = 30_000  # spans are kept in batches, after what they tell of
 FRESH_MS = 2_000  # figures that are this young are good enough for another scrape
 
 
@@ -40,8 +41,8 @@ class CollectMetrics:
             return
         try:
             figures = await self._store.figures()
-            since = self._clock.wall_ms() - COVERAGE_MS
-            coverage = await self._store.trace_coverage(since)
+            wall = self._clock.wall_ms()
+            coverage = await self._store.trace_coverage(wall - COVERAGE_MS, wall - SETTLED_MS)
         except DispatcherError:
             return  # the old figures, and the error shows elsewhere
         self._refreshed_ms = now

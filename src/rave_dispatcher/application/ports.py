@@ -204,8 +204,8 @@ class Store(Protocol):
         """How full it is."""
         ...
 
-    async def trace_coverage(self, since_ms: int) -> tuple[int, int]:
-        """Of the tasks that ended since: how many have a complete trace, and how many there are."""
+    async def trace_coverage(self, since_ms: int, until_ms: int) -> tuple[int, int]:
+        """Of the tasks that ended between: how many have a complete trace, how many there are."""
         ...
 
 

@@ -200,8 +200,8 @@ EXPLANATIONS: Final[Mapping[str, Explanation]] = {
         "ravectl logs prometheus, ravectl logs alertmanager",
     ),
     "O4": Explanation(
-        "at least 95% of the last hour's agent tasks have a complete trace: webhook, event, "
-        "task",
+        "of the last hour's agent tasks that ended 30 s ago or earlier, at least 95% have a "
+        "complete trace: webhook, event, task",
         "work that cannot be traced to what caused it",
         "the ratio that the dispatcher computes from its store",
         "spans are lost on the way from a webhook to the end of its task",

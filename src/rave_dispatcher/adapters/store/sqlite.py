@@ -282,9 +282,9 @@ class EventStore:
         size = sum(_size(self._path.with_name(self._path.name + end)) for end in ("", "-wal"))
         return Figures(*found, store_bytes=size, free_bytes=opening.free_bytes(self._path))
 
-    async def trace_coverage(self, since_ms: int) -> tuple[int, int]:
-        """Of the tasks that ended since: how many have a complete trace, how many there are."""
-        rows = await self._read(lambda c: c.execute(_COVERAGE, (since_ms,)).fetchall())
+    async def trace_coverage(self, since_ms: int, until_ms: int) -> tuple[int, int]:
+        """Of the tasks that ended between: how many have a complete trace, how many there are."""
+        rows = await self._read(lambda c: c.execute(_COVERAGE, (since_ms, until_ms)).fetchall())
         complete, every = rows[0]
         return (int(complete or 0), int(every))
 
@@ -298,7 +298,7 @@ SELECT sum(
   AND (t.event_uuid IS NULL
        OR EXISTS (SELECT 1 FROM spans s WHERE s.trace_id = t.trace_id AND s.name = 'event'))
 ), count(*)
-FROM tasks t WHERE completed_ms >= ? AND attempt > 0
+FROM tasks t WHERE completed_ms >= ? AND completed_ms < ? AND attempt > 0
 """
 
 
