@@ -323,7 +323,9 @@ def collect(*, dry_run: bool, everything: bool = False) -> list[tuple[Path, int]
 def _unused_images(store: Path) -> list[Path]:
     used = set()
     for root in images.roots():
-        record = Instance(root, root.name).record
+        instance = Instance(root, root.name)
+        instance.require_no_lost_disk()  # it needs an image, and nobody knows which
+        record = instance.record
         if record is not None and record.image is not None:
             used.add(record.image)
     now = time.time()

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import re
 import select
+import shlex
 import signal
 import uuid as uuids
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeGuard
@@ -90,23 +92,38 @@ class Instance:
     @property
     def record(self) -> Record | None:
         """What is remembered; None for a new instance. Raises RavectlError when damaged."""
-        if not self._record_file.exists():
+        if not os.path.lexists(self._record_file):
             return None
-        value = files.read_json(self._record_file)
-        remedy = f"throw the instance away: rm -r '{self.folder}'"
+        try:
+            value = json.loads(self._record_file.read_text())
+        except (ValueError, OSError) as e:
+            raise self._unusable(f"{self._record_file} cannot be read: {e}") from None
         if not isinstance(value, dict) or value.get("form") != FORM:
-            running = find_process(value["uuid"]) if _names_a_machine(value) else None
-            if running is not None:
-                remedy = f"shut it down or end it (kill {running.pid}), and {remedy}"
-            raise RavectlError(
-                f"instance {self.name!r} was made by another version of ravectl", remedy
-            )
+            uuid = value["uuid"] if _names_a_machine(value) else None
+            text = f"instance {self.name!r} was made by another version of ravectl"
+            raise self._unusable(text, "use that version again, or ", uuid)
         try:
             return from_json(Record, value)
         except (KeyError, ValueError, TypeError, AttributeError) as e:
-            raise RavectlError(
-                f"the record of instance {self.name!r} is damaged: {e}", remedy
-            ) from None
+            uuid = value["uuid"] if _names_a_machine(value) else None
+            text = f"the record of instance {self.name!r} is damaged: {e}"
+            raise self._unusable(text, uuid=uuid) from None
+
+    def _unusable(self, text: str, before: str = "", uuid: str | None = None) -> RavectlError:
+        running = find_process(uuid) if uuid else find_process_on(self.overlay)
+        end = f"end it first (kill {running.pid}); " if running else ""
+        return RavectlError(
+            text,
+            f"{before}{end}to keep what is on its disk, copy {shlex.quote(str(self.overlay))} "
+            f"away; then throw the instance away: rm -r {shlex.quote(str(self.folder))}",
+        )
+
+    def require_no_lost_disk(self) -> None:
+        """RavectlError when there is a disk, and no record to say whose it is and of what image."""
+        if self.record is None and os.path.lexists(self.overlay):
+            raise self._unusable(
+                f"instance {self.name!r} has a disk, and its record, instance.json, is gone"
+            )
 
     def save(self, record: Record) -> Record:
         """Remember `record`."""
@@ -263,27 +280,39 @@ def list_instances(folder: Path) -> list[Instance]:
     if not folder.is_dir():
         return []
     found = [Instance(p, p.name) for p in sorted(folder.iterdir()) if p.is_dir()]
-    return [i for i in found if (i.folder / "instance.json").exists()]
+    return [i for i in found if os.path.lexists(i.folder / "instance.json")]
 
 
 def find_process(uuid: str) -> Process | None:
     """The QEMU of this user that was started with `-uuid uuid`."""
+    return _find(_has_uuid(uuid))
+
+
+def find_process_on(disk: Path) -> Process | None:
+    """The QEMU of this user that has `disk`, for when its uuid is not known."""
+    option = os.fsencode(qemu.disk_option(disk) + ",")
+    return _find(lambda words: any(option in word for word in words))
+
+
+def _has_uuid(uuid: str) -> Callable[[list[bytes]], bool]:
+    return lambda words: (b"-uuid", uuid.encode()) in itertools.pairwise(words)
+
+
+def _find(holds: Callable[[list[bytes]], bool]) -> Process | None:
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and _is_ours(int(entry.name), uuid):
+        if entry.name.isdigit() and _is_ours(int(entry.name), holds):
             with contextlib.suppress(OSError, ValueError):
                 return Process(int(entry.name), _start_time(int(entry.name)))
     return None
 
 
-def _is_ours(pid: int, uuid: str) -> bool:
+def _is_ours(pid: int, holds: Callable[[list[bytes]], bool]) -> bool:
     with contextlib.suppress(OSError):
         folder = Path(f"/proc/{pid}")
         words = (folder / "cmdline").read_bytes().split(b"\0")
         if os.path.basename(words[0]) != qemu.PROGRAM.encode():  # noqa: PTH119 - bytes
             return False
-        return (b"-uuid", uuid.encode()) in itertools.pairwise(words) and (
-            folder.stat().st_uid == os.geteuid()
-        )
+        return holds(words) and folder.stat().st_uid == os.geteuid()
     return False
 
 
@@ -324,7 +353,7 @@ def _pidfd(uuid: str) -> Iterator[int | None]:
         with contextlib.suppress(ProcessLookupError):
             fd = os.pidfd_open(process.pid)
     try:
-        yield fd if process and fd is not None and _is_ours(process.pid, uuid) else None
+        yield fd if process and fd is not None and _is_ours(process.pid, _has_uuid(uuid)) else None
     finally:
         if fd is not None:
             os.close(fd)

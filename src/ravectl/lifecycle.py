@@ -139,6 +139,7 @@ def choose_accelerator() -> Accelerator:
 
 def _prepare(instance: Instance, plan: Plan, get_image: Callable[[], Image]) -> Image:
     """The image of the instance, with an overlay on it."""
+    instance.require_no_lost_disk()
     record = instance.record or new_record(plan, EngineName.DEBIAN)
     if record.image is not None and instance.overlay.exists():
         if record.plan != plan.on(record.engine):
@@ -151,6 +152,7 @@ def _prepare(instance: Instance, plan: Plan, get_image: Callable[[], Image]) -> 
     else:
         image = get_image()
         signing.verify(instance.workspace, image)
+        instance.save(record)  # before the disk: one without a record may be somebody's work
         instance.overlay.unlink(missing_ok=True)
         _make_overlay(instance.overlay, image)
         record = Record(

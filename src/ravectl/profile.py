@@ -1018,6 +1018,8 @@ SYNTAX = "mend that line; write texts with special characters in quotes"
 def _text(path: Path) -> str:
     """The file as text; ProfileError when it is no regular, readable, small UTF-8 file."""
     try:
+        if path.is_symlink() and not path.exists():
+            raise ProfileError(f"{path} is a link to nothing", f"see where it leads: ls -l {path}")
         if not path.exists():
             raise ProfileError(f"there is no file {path}", "make one: ravectl init")
         if not path.is_file():

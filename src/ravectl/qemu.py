@@ -71,7 +71,7 @@ def arguments(launch: Launch) -> list[str]:
         "-initrd", str(launch.initrd),
         "-append", launch.cmdline,
         "-blockdev",
-        f"driver=file,node-name=file0,filename={_quoted(launch.overlay)},discard=unmap",
+        f"driver=file,node-name=file0,{disk_option(launch.overlay)},discard=unmap",
         "-blockdev", "driver=qcow2,node-name=disk0,file=file0,discard=unmap",
         "-device", "virtio-blk-pci,drive=disk0",
         "-netdev", _uplink(launch),
@@ -135,6 +135,11 @@ def _credentials(files: Mapping[str, Path]) -> list[str]:
 def credential_name(secret: str) -> str:
     """The systemd credential by which the guest gets a secret: rave.ingress.tls-key."""
     return f"rave.{secret.replace('/', '.')}"
+
+
+def disk_option(overlay: Path) -> str:
+    """What QEMU's command line has of the disk that it writes to."""
+    return f"filename={_quoted(overlay)}"
 
 
 def _quoted(path: Path) -> str:

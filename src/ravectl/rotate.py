@@ -625,6 +625,9 @@ def change(
     taken back.
     """
     vault.ensure(workspace, SECRETS, identity)
+    places = vault.Places(workspace)
+    for path in (places.shared, places.rules):
+        vault.require_no_link(path)
     with _held(workspace):
         _recover(workspace, identity)
         made = Change(workspace, identity, action, reader)

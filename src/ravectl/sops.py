@@ -288,9 +288,20 @@ def _no_key(where: Path, identity: Identity, known: Sequence[str]) -> RavectlErr
 
 
 def _damaged(where: Path, why: str) -> RavectlError:
-    return RavectlError(
-        f"{where} cannot be opened: {why}",
-        f"take back the last good one: git checkout -- {shlex.quote(where.name)}, or a backup",
+    return RavectlError(f"{where} cannot be opened: {why}", take_back(where))
+
+
+def take_back(where: Path) -> str:
+    """The remedy for a secrets file that is damaged or gone, by whose it is."""
+    if ".rave" in where.parts:
+        return (
+            "a machine's own secrets are made anew, with another host key and certificate: "
+            f"rm -f {shlex.quote(str(where))}, then ravectl down and ravectl up"
+        )
+    folder, name = shlex.quote(str(where.parent)), shlex.quote(where.name)
+    return (
+        f"take back the last good one: git -C {folder} checkout -- {name} (values that were "
+        "changed since are lost), or a backup"
     )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import datetime
 import io
+import os
 import shlex
 import tarfile
 import time
@@ -136,8 +137,7 @@ def from_document(document: Mapping[str, Any], where: Path) -> Vault:
     for part in parts:
         if not isinstance(part, dict) or not all(isinstance(v, str) for v in part.values()):
             raise RavectlError(
-                f"{where} does not have the form of a secrets file",
-                "take back the last good one from git or a backup",
+                f"{where} does not have the form of a secrets file", sops.take_back(where)
             )
     return Vault(*parts)
 
@@ -157,17 +157,26 @@ def look(path: Path) -> Sealed:
         for k in ("secrets", "changed_unencrypted", "previous_until_unencrypted")
     ]
     if not all(isinstance(p, dict) for p in parts):
-        raise RavectlError(
-            f"{path} does not have the form of a secrets file",
-            "take back the last good one from git or a backup",
-        )
+        raise RavectlError(f"{path} does not have the form of a secrets file", sops.take_back(path))
     dates = [{str(k): str(v) for k, v in p.items()} for p in parts[1:]]
     return Sealed(recipients, tuple(map(str, parts[0])), dates[0], dates[1])
 
 
 def write(path: Path, vault: Vault, recipients: Iterable[str], mode: int = 0o644) -> None:
     """Encrypt a vault into a file, in one step: the old file or the new, never half of one."""
+    require_no_link(path)
     files.write_atomic(path, sops.encrypt(to_document(vault), tuple(recipients)), mode)
+
+
+def require_no_link(path: Path) -> None:
+    """RavectlError when a link is where a file is to be replaced: it would be cut, and what it led
+    to would keep old secrets."""
+    if path.is_symlink():
+        raise RavectlError(
+            f"{path} is a link, and secrets are not changed through one",
+            "work in the folder that it leads to, or put the file itself here: "
+            f"ls -l {shlex.quote(str(path))}",
+        )
 
 
 def _text(path: Path) -> str:
@@ -176,7 +185,9 @@ def _text(path: Path) -> str:
     except FileNotFoundError:
         raise RavectlError(
             f"there is no {path}",
-            f"take it back: git checkout -- {path.name}; if there never was one: ravectl init",
+            sops.take_back(path)
+            if ".rave" in path.parts
+            else f"{sops.take_back(path)}; if there never was one: ravectl init",
         ) from None
     except (OSError, UnicodeDecodeError) as e:
         reason = (getattr(e, "strerror", None) or "it is not text").lower()
@@ -294,19 +305,20 @@ def init(
     none, HostError when sops is missing or a folder cannot be written.
     """
     places = Places(workspace)
-    if places.shared.exists():
+    if os.path.lexists(places.shared):
         raise UsageError(
             f"{places.shared} exists already, and init overwrites nothing",
             "use it: ravectl up; or go to an empty folder",
         )
     sops.find_sops()
+    require_no_link(places.rules)
     extra = tuple(recipients)
     rules_with(places, extra)  # refuses a bad .sops.yaml before anything is made
     if extra:
         sops.encrypt({}, extra)  # refuses a bad one before anything is made
     workspace.prepare()
     with files.lock(places.lock, "the workspace's secrets", wait=True):
-        if places.shared.exists():
+        if os.path.lexists(places.shared):
             raise UsageError(f"{places.shared} exists already", "use it: ravectl up")
         made = not identity.exists()
         if identity.file is not None:
@@ -333,7 +345,7 @@ def ensure(workspace: Workspace, secrets: tuple[Secret, ...], identity: sops.Ide
     certificate ends soon. Raises RavectlError that names the key or the damage.
     """
     places = Places(workspace)
-    if not places.shared.exists() and not places.rules.exists():
+    if not os.path.lexists(places.shared) and not os.path.lexists(places.rules):
         init(workspace, secrets, identity)
     workspace.prepare()
     with files.lock(places.lock, "the workspace's secrets", wait=True):

@@ -43,7 +43,8 @@ class Workspace:
     def profile_file(self) -> Path | None:
         """The workspace's own profile, None when it has none."""
         path = self.root / PROFILE_FILE
-        return path if path.is_file() else None
+        # also what is no file, or a link to nothing: to build another machine is worse than to fail
+        return path if os.path.lexists(path) else None
 
     @property
     def ca_dir(self) -> Path:
@@ -159,7 +160,7 @@ def _is_workspace(folder: Path, here: Path) -> bool:
     with contextlib.suppress(OSError):
         ours = {os.geteuid(), here.stat().st_uid}
         profile, state = folder / PROFILE_FILE, folder / STATE_DIR
-        if profile.is_file() and profile.stat().st_uid in ours:
+        if (profile.is_symlink() or profile.is_file()) and profile.lstat().st_uid in ours:
             return True
         return state.is_dir() and state.stat().st_uid in ours
     return False

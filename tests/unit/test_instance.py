@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ravectl import instance, profile
+from ravectl import building, images, instance, lifecycle, profile, qemu
 from ravectl.errors import RavectlError
 from ravectl.instance import Instance
 from ravectl.model import EngineName, InstanceState
@@ -41,7 +41,47 @@ def test_a_damaged_record_is_named(found: Instance, text: str, said: str) -> Non
     (found.folder / "instance.json").write_text(text)
     with pytest.raises(RavectlError, match=said) as e:
         _ = found.record
-    assert "rm" in e.value.hint or "remove" in e.value.hint
+    assert f"copy {found.overlay} away; then throw the instance away: rm -r" in e.value.hint
+
+
+@pytest.mark.parametrize("how", ["gone", "a link to nothing"])
+def test_a_disk_without_a_record_is_not_made_anew(
+    found: Instance, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither is its image taken for one that nobody uses."""
+    monkeypatch.setenv("RAVECTL_CACHE_DIR", str(tmp_path / "cache"))
+    plan = found.require_record().plan
+    found.overlay.write_text("the work of a person")
+    record = found.folder / "instance.json"
+    record.unlink()
+    if how != "gone":
+        record.symlink_to("gone")
+    with pytest.raises(RavectlError) as e:
+        lifecycle._prepare(found, plan, lambda: pytest.fail("an image is made"))
+    assert f"copy {found.overlay} away" in e.value.hint
+    images.add_root("a-uuid", found.folder)
+    with pytest.raises(RavectlError):
+        building.collect(dry_run=False)
+    assert found.overlay.read_text() == "the work of a person"
+
+
+def test_a_qemu_that_runs_on_a_disk_is_found_without_its_uuid(
+    found: Instance, tmp_path: Path
+) -> None:
+    (found.folder / "instance.json").write_text("{")
+    program = tmp_path / "qemu-system-x86_64"
+    program.symlink_to(sys.executable)
+    script = "import time; print(flush=True); time.sleep(60)"
+    option = f"driver=file,node-name=file0,{qemu.disk_option(found.overlay)},discard=unmap"
+    with subprocess.Popen([program, "-c", script, option], stdout=subprocess.PIPE) as ours:
+        assert ours.stdout is not None
+        ours.stdout.readline()
+        try:
+            with pytest.raises(RavectlError) as e:
+                _ = found.record
+        finally:
+            ours.kill()
+    assert f"kill {ours.pid}" in e.value.hint
 
 
 def test_how_it_ended_tells_stopped_from_crashed(found: Instance) -> None:

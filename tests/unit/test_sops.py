@@ -81,7 +81,7 @@ def test_what_is_not_by_sops_is_told(keys: list[tuple[Identity, str]], text: str
     with pytest.raises(RavectlError) as caught:
         sops.decrypt(text, WHERE, keys[0][0])
     assert f"{WHERE} cannot be opened" in caught.value.message
-    assert "git checkout" in caught.value.hint
+    assert "checkout -- secrets.yaml" in caught.value.hint
 
 
 @settings(

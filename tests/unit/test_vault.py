@@ -126,11 +126,52 @@ def test_what_init_could_not_end_it_ends_the_next_time(
     (space.root / "secrets.yaml").unlink()
     with pytest.raises(RavectlError, match="there is no") as caught:
         vault.ensure(space, SECRETS, identity)
-    assert "git checkout -- secrets.yaml" in caught.value.hint
+    assert f"git -C {space.root} checkout -- secrets.yaml" in caught.value.hint
     assert "ravectl init" in caught.value.hint
     vault.init(space, SECRETS, identity)
     assert "age1other" in (space.root / ".sops.yaml").read_text()
     assert vault.ensure(space, SECRETS, identity).values
+
+
+def test_the_remedy_for_a_machines_own_file_spares_the_shared_one(
+    space: Workspace, identity: Identity
+) -> None:
+    vault.init(space, SECRETS, identity)
+    path = space.instance_dir("default") / "secrets.yaml"
+    path.parent.mkdir(parents=True)
+    for text in (None, "garbage", "secrets: 5\n"):
+        if text is not None:
+            path.write_text(text)
+        with pytest.raises(RavectlError) as caught:
+            vault.read(path, identity)
+        assert f"rm -f {path}" in caught.value.hint
+        assert "checkout" not in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["secrets.yaml", ".sops.yaml"])
+def test_secrets_are_not_changed_through_a_link(
+    space: Workspace, identity: Identity, name: str
+) -> None:
+    vault.init(space, SECRETS, identity)
+    real = space.root / "real"
+    (space.root / name).rename(real)
+    (space.root / name).symlink_to(real)
+    assert vault.ensure(space, SECRETS, identity).values, "but read"
+    before = real.read_bytes()
+    with pytest.raises(RavectlError, match="is a link"):
+        rotate.set_values(space, identity, {"agents/anthropic-api-key": "x" * 40}, "set")
+    assert real.read_bytes() == before
+    assert (space.root / name).is_symlink()
+
+
+@pytest.mark.parametrize("name", ["secrets.yaml", ".sops.yaml"])
+def test_init_puts_nothing_in_the_place_of_a_link(
+    space: Workspace, identity: Identity, name: str
+) -> None:
+    (space.root / name).symlink_to("gone")
+    with pytest.raises(RavectlError):
+        vault.init(space, SECRETS, identity)
+    assert (space.root / name).is_symlink()
 
 
 def test_a_state_folder_that_came_from_elsewhere_is_refused(

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ravectl import workspace
+from ravectl import profile, workspace
 from ravectl.errors import HostError, RavectlError, UsageError
 from ravectl.workspace import Workspace
 
@@ -52,6 +52,23 @@ def test_marks_of_the_wrong_kind_are_none(deep: Path) -> None:
     (deep.parent / "rave.yaml").mkdir()
     (deep.parent / ".rave").touch()
     assert workspace.find(deep).root == deep
+
+
+def test_a_profile_that_cannot_be_read_is_no_missing_one(deep: Path) -> None:
+    """Else `up` would make a machine of another profile, without a word."""
+    path = deep.parent / "rave.yaml"
+    path.symlink_to("gone.yaml")
+    found = workspace.find(deep)
+    assert found.root == deep.parent
+    assert found.profile_file == path
+    assert not found.make_profile()
+    with pytest.raises(RavectlError, match="is a link to nothing"):
+        profile.select(None, {}, path)
+    path.unlink()
+    path.mkdir()
+    assert Workspace(deep.parent).profile_file == path
+    with pytest.raises(RavectlError, match="is not a file"):
+        profile.select(None, {}, path)
 
 
 @pytest.mark.parametrize("mark", ["rave.yaml", ".rave"])
