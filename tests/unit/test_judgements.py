@@ -416,6 +416,10 @@ BROKEN = (
     Broken("X1", "passwords are taken",
            swap("\npasswordauthentication no", "\npasswordauthentication yes"),
            "passwordauthentication is yes"),
+    Broken("X1", "what was read is another", regex(r"(?m)^changed \d+", "changed 9999999999"),
+           "was changed after it was read"),
+    Broken("X1", "settings of its own", swap("sshd -D", "sshd -D -o PermitRootLogin=yes"),
+           "was given settings as it was started"),
     Broken("X1", "root may log in", swap("\npermitrootlogin no", "\npermitrootlogin yes"),
            "permitrootlogin is yes"),
     Broken("X1", "root may log in by key",
@@ -733,6 +737,9 @@ BROKEN = (
            "left/over is not declared"),
     Broken("X4", "a file is missing", swap("ccr/api-key root root 600\n", ""),
            "ccr/api-key is missing"),
+    Broken("X4", "another may read it, too",
+           within("lists", "-rw-r-----+ 1 0 0 25 Nov 28 15:00 api-token"),
+           "an access control list opens api-token"),
     Broken("X4", "on a disk", swap("/run/secrets.d tmpfs", "/run/secrets.d ext4"),
            "/run/secrets.d is a ext4"),
     Broken("X4", "may be swapped out", chain(
@@ -844,6 +851,15 @@ BROKEN = (
     Broken("X5", "a service is unconfined",
            swap("rave-kanban (enforce)", "unconfined"),
            "vibe-kanban.service is held to unconfined"),
+    Broken("X5", "a process beside a service", within("confined", "nginx.service unconfined"),
+           "nginx.service is held to unconfined"),
+    Broken("X5", "a service has no process", regex(r"(?m)^vibe-kanban.service rave-kanban.*\n", ""),
+           "vibe-kanban.service is held to nothing"),
+    Broken("X5", "a program has a capability", within("capable", "/var/lib/x cap_setuid=ep"),
+           "/var/lib/x has cap_setuid=ep"),
+    Broken("X5", "capabilities cannot be asked for",
+           regex(r"(?ms)^== capable ==\n.*?(?=^== )", "== capable ==\nno getcap\n"),
+           "capabilities of files cannot be asked for"),
     # X6
     Broken("X6", "nginx lost its sandbox",
            regex(r"for nginx\.service: [\d.]+", "for nginx.service: 9.2"),
@@ -860,8 +876,12 @@ BROKEN = (
            "vibe-kanban.service runs with more than CapabilityBoundingSet="),
     Broken("X6", "a process is another's", process("vibe-kanban.service", "Uid", "0"),
            "vibe-kanban.service runs as 0, not as vibe-kanban"),
+    Broken("X6", "a process beside a service's own",
+           within("processes", "9 ControlGroup: /system.slice/vibe-kanban.service\n9 Name: sh\n"
+                  "9 CapBnd: 0000000000000000\n9 NoNewPrivs: 1\n9 Seccomp: 0"),
+           "vibe-kanban.service: sh runs without SystemCallFilter="),
     Broken("X6", "nobody knows of a process",
-           every(r"(?m)^\d+ (Name|CapBnd|NoNewPrivs|Seccomp|Uid): .*\n"),
+           every(r"(?m)^\d+ (ControlGroup|Name|CapBnd|NoNewPrivs|Seccomp|Uid): .*\n"),
            "runs without NoNewPrivileges="),
     # X7
     Broken("X7", "other content", file("/etc/fstab", content="0" * 64),
@@ -896,8 +916,19 @@ BROKEN = (
            within("runtime", "/run/systemd/transient/nginx.service.d/50-MemoryMax.conf"),
            "50-MemoryMax.conf goes before the image"),
     Broken("X7", "a mount over it",
-           swap("\n== image ==", "\n99 1 0:9 / /etc/nginx rw - tmpfs x rw\n== image =="),
+           swap("\n== environment", "\n99 1 0:9 / /etc/nginx rw - tmpfs x rw\n== environment"),
            "something is mounted over /etc/nginx"),
+    Broken("X7", "a mount that one service sees",
+           within("inside", "/proc/7/mountinfo:99 1 8:1 /run/m/n /etc/nginx/nginx.conf rw - ext4"),
+           "something is mounted over /etc/nginx/nginx.conf for 7"),
+    Broken("X7", "an access control list", file("/etc/fstab", capability="acl"),
+           "/etc/fstab has an access control list"),
+    Broken("X7", "a library for every service", within("environment", "LD_PRELOAD"),
+           "each service gets LD_PRELOAD="),
+    Broken("X7", "nginx read another configuration",
+           regex(r"(?m)^changed \d+", "changed 9999999999"), "was changed after nginx had read it"),
+    Broken("X7", "what is generated was added to", within("ingress", "another"),
+           "router-key.conf is not as ingress-config makes it"),
 )  # fmt: skip
 
 UNREADABLE = (
@@ -951,6 +982,9 @@ UNREADABLE = (
     ("H4", "times that are no numbers", put({"route": "kanban"}, ms=["fast"])),
     ("H4", "times that are no times", put({"route": "kanban"}, ms=[float("nan")] * 500)),
     ("X4", "the search was not made", without("places")),
+    ("X1", "nobody knows when it was read", regex(r"(?m)^read .*\n", "")),
+    ("X7", "nobody knows when nginx read", regex(r"(?m)^booted .*\n", "")),
+    ("X4", "lists were not looked for", without("lists")),
     ("X4", "the mount is not known",
      chain(without("mount"), swap("== swap", "== mount ==\n== swap"))),
     ("X4", "the disk is elsewhere",
@@ -1104,6 +1138,15 @@ STORE = """\
 == runtime ==
 == mounts ==
 25 1 254:0 / / rw - ext4 /dev/vda rw
+== environment ==
+LOCALE_ARCHIVE
+PATH
+== running ==
+MainPID=7
+Id=nginx.service
+
+== inside ==
+/proc/7/mountinfo:99 1 0:9 /etc /etc ro - ext4 /dev/vda rw
 == end ==
 """
 
@@ -1119,6 +1162,8 @@ STORE = """\
         (within("runtime", "/run/systemd/system/x.service"), False, True, "goes before the image"),
         (within("etc", "Files /etc/static/sudoers and /etc/sudoers differ"), False, True,
          "/etc is not the system's: Files /etc/static/sudoers and"),
+        (swap("0:9 /etc /etc", "0:9 /m /etc"), False, True, "mounted over /etc for nginx.service"),
+        (within("environment", "LD_PRELOAD"), False, True, "each service gets LD_PRELOAD="),
         (swap("/nix/store/a-nixos", "/home/x"), False, False, "which system it runs"),
     ],
 )  # fmt: skip

@@ -69,6 +69,19 @@ def setting(unit: str, lines: str, undone: str = "") -> tuple[str, str, str]:
     return made, f"rm -r {folder}\n{reload}\n{undone}", reload
 
 
+def afterwards(then: str, do: str, undo: str, _: str) -> tuple[str, str]:
+    """Scripts of which the second alone does what else is to be done."""
+    return do, f"{undo}\n{then}"
+
+
+# who may do what with a file: the owner, uid 1001, its group, all of these at most, others
+LISTED = """/usr/bin/python3 - <<'E'
+import os, struct
+name, nobody = 'system.posix_acl_access', 0xffffffff
+rows = ((1, 6, nobody), (2, 4, 1001), (4, 4, nobody), (16, 4, nobody), (32, 4, nobody))
+acl = struct.pack('<I', 2) + b''.join(struct.pack('<HHI', *row) for row in rows)
+%s
+E"""
 RELOAD_NGINX = "nginx -tq && systemctl reload nginx"
 RESTART = "systemctl restart rave-dispatcher"
 RELOAD_RULES = "systemctl reload prometheus"
@@ -302,8 +315,47 @@ SUBTLE = (
     ),
     Mutation(
         "the ingress has one address more", "X7", "/etc/nginx/nginx.conf has other content",
-        *edit(NGINX, "location = / {", "location = /mutation { return 204; } location = / {",
-              RELOAD_NGINX),
+        *afterwards(RELOAD_NGINX, *edit(
+            NGINX, "location = / {", "location = /mutation { return 204; } location = / {", "",
+        )),
+    ),
+    Mutation(
+        "nginx has one line more than its files", "X7", "router-key.conf is not as",
+        "echo '# mutation' >>/run/rave-ingress/router-key.conf", RELOAD_NGINX,
+    ),
+    Mutation(
+        "sshd has read another configuration, which was put back", "X1", "changed after it was",
+        f"{edit(SSHD, 'MaxSessions 10', 'MaxSessions 9', '')[0]} && {RELOAD_SSHD} && sleep 2 && "
+        f"{edit(SSHD, 'MaxSessions 10', 'MaxSessions 9', '')[1]}", RELOAD_SSHD,
+    ),
+    Mutation(
+        "one service sees another file", "X7", "mounted over /etc/fstab for mtail.service",
+        "nsenter -t $(systemctl show -P MainPID mtail) -m mount --bind /etc/hosts /etc/fstab",
+        "nsenter -t $(systemctl show -P MainPID mtail) -m umount /etc/fstab",
+    ),
+    Mutation(
+        "somebody may read a file by a list", "X7", "/etc/fstab has an access control list",
+        LISTED % "os.setxattr('/etc/fstab', name, acl)",
+        LISTED % "os.removexattr('/etc/fstab', name)",
+    ),
+    Mutation(
+        "every service gets a variable more", "X7", "each service gets RAVE_MUTATION=",
+        "systemctl set-environment RAVE_MUTATION=1", "systemctl unset-environment RAVE_MUTATION",
+    ),
+    Mutation(
+        "a program may be anybody", "X5", "/var/lib/mutation has cap_setuid=ep",
+        "cp /bin/true /var/lib/mutation && setcap cap_setuid+ep /var/lib/mutation",
+        "rm /var/lib/mutation",
+    ),
+    Mutation(
+        "a stranger in a service's cgroup", "X6", "mtail.service: sleep runs without NoNewPriv",
+        "(echo $BASHPID >/sys/fs/cgroup/system.slice/mtail.service/cgroup.procs; exec sleep 601) "
+        ">/dev/null 2>&1 &", "pkill -xf 'sleep 601'",
+    ),
+    Mutation(
+        "an agent has a copy of a secret", "X4", "/dev/shm/mutation",
+        "install -o agent -m 400 /run/secrets/dispatcher/api-token /dev/shm/mutation",
+        "rm /dev/shm/mutation",
     ),
     Mutation(
         "a file of the system is gone", "X7", "/etc/issue.net is gone",

@@ -145,7 +145,7 @@ EXPLANATIONS: Final[Mapping[str, Explanation]] = {
     "X1": Explanation(
         "SSH takes keys only, never root, post-quantum exchanges and modern algorithms only, "
         "forwards nothing, blocks after three failures, makes no exceptions; asked of the "
-        "daemon's configuration and tried from outside",
+        "daemon's configuration, which was not changed since it was read, and tried from outside",
         "guessed passwords and broken cryptography on the port that gives a shell",
         "sshd -T of the daemon that listens, the algorithms of its own key exchange, a password "
         "and root tried from outside",
@@ -165,7 +165,8 @@ EXPLANATIONS: Final[Mapping[str, Explanation]] = {
     ),
     "X4": Explanation(
         "each secret has the owner and mode that is declared, on a tmpfs that is not swapped;"
-        " no value is in a process, the journal, a unit, in memory where others may read it, or on "
+        " no value is in a process, the journal, a unit, in memory where others may read it "
+        "(an agent's own file, too), or on "
         "the machine's disk (deleted files too). After a rotation the former values are searched "
         "for as well",
         "exfiltration: a secret where another user, a log or a copy of the disk shows it",
@@ -240,9 +241,10 @@ EXPLANATIONS: Final[Mapping[str, Explanation]] = {
     ),
     "X5": Explanation(
         "the kernel's settings, the blocked modules and the mount options are the Plan's; no "
-        "program is setuid or setgid but those that it names, looked for wherever the bit would"
-        " be honoured; AppArmor enforces the profile of each service that is reached through "
-        "the ingress; the kernel notes who opens secrets by hand and who uses sudo",
+        "program but those that it names is setuid or setgid and none has a capability (Debian), "
+        "looked for wherever that would be honoured; AppArmor enforces the profile on each process "
+        "of each service that is reached through the ingress; the kernel notes who opens secrets "
+        "by hand and who uses sudo",
         "a program that got a foothold and reaches for the kernel or another's rights",
         "/proc/sys, /proc/modules, modprobe's configuration, mountinfo, a search for setuid "
         "files where the bit counts, AppArmor's label of each confined service, the kernel's audit "
@@ -254,7 +256,8 @@ EXPLANATIONS: Final[Mapping[str, Explanation]] = {
     "X6": Explanation(
         "what `systemd-analyze security` says of each unit is at most its limit in the Plan: "
         "2.0 for ours, 4.0 for others, 9.0 for sshd ([why](hardening.md#units)); no service runs "
-        "as another account, with more capabilities or without any filter where its unit has one",
+        "as another account, and no process in its cgroup with more capabilities or without any "
+        "filter where its unit has one",
         "a service that, once taken over, can do more to the machine than its work needs",
         "systemd-analyze security of each unit that has a limit in the Plan; of each service's "
         "process what the kernel says of its capabilities and system calls",
@@ -263,8 +266,10 @@ EXPLANATIONS: Final[Mapping[str, Explanation]] = {
     ),
     "X7": Explanation(
         "no file, folder or link below `/boot`, `/etc`, `/opt` and `/usr` is other than in the "
-        "image, was added or is gone; nothing is mounted over them, and no configuration in "
-        "`/run` goes before theirs. On NixOS: the system that runs is the one that was booted",
+        "image, was added or is gone, or has an access control list; nothing is mounted over "
+        "them, for one service neither, and no configuration in `/run` and no variable of "
+        "systemd's goes before theirs; nginx has read what is there (Debian). On NixOS: the system "
+        "that runs is the one that was booted",
         "a change by hand that nobody remembers, of a setting that no other check asks for",
         "what is newer than the image, by the time that the kernel notes at each change; its "
         "SHA-256, mode, owner and capabilities against the image's inventory",

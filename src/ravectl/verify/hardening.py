@@ -49,14 +49,19 @@ while read -r _ _ _ _ place options _; do
   [[ ,$options, == *,nosuid,* ]] || places+=("$(printf %%b "$place")")
 done </proc/self/mountinfo
 find "${places[@]}" -xdev -type f -perm /6000 2>&1
+echo '== capable =='
+if command -v getcap >/dev/null; then
+  find "${places[@]}" -xdev -type f -perm /111 -print0 | xargs -0r getcap 2>&1
+else
+  echo 'no getcap'
+fi
 echo '== searched =='
 printf '%%s\\n' "${places[@]}"
 echo '== confined =='
 for unit in %(confined)s; do
-  pid= profile=
-  IFS= read -r pid <"/sys/fs/cgroup/system.slice/$unit/cgroup.procs"
-  IFS= read -r profile <"/proc/$pid/attr/apparmor/current"
-  echo "$unit $profile"
+  while IFS= read -r pid; do
+    IFS= read -r profile <"/proc/$pid/attr/apparmor/current" && echo "$unit $profile"
+  done <"/sys/fs/cgroup/system.slice/$unit/cgroup.procs"
 done 2>/dev/null
 echo '== policy =='
 sha256sum /usr/lib/rave/apparmor.bin 2>&1
@@ -102,6 +107,7 @@ def judge_kernel(subject: Subject, output: str) -> Judgement:
             "blocked",
             "mounts",
             "setuid",
+            "capable",
             "searched",
             "confined",
             "policy",
@@ -126,12 +132,9 @@ def judge_kernel(subject: Subject, output: str) -> Judgement:
         for line in parts["setuid"].splitlines()
         if _WRAPPERS.sub("/run/wrappers/bin/", line) not in setuid
     ]
-    enforced = dict(line.partition(" ")[::2] for line in parts["confined"].splitlines())
-    for name, profile in wanted.profiles.items():
-        unit = subject.units()[name]
-        if enforced.get(unit) != f"{profile} (enforce)":
-            found = enforced.get(unit) or "nothing"
-            faults.append(f"{unit} is held to {found}, not to AppArmor's {profile}")
+    faults += capability_faults(parts["capable"], subject.engine)
+    profiles = {subject.units()[name]: profile for name, profile in wanted.profiles.items()}
+    faults += confinement_faults(profiles, parts["confined"])
     faults += audit_faults(wanted.audit[subject.engine], parts["audited"])
     return judged(expected, "all as planned", faults, _REBUILD)
 
@@ -147,6 +150,29 @@ def sysctl_faults(settings: Mapping[str, str], text: str) -> list[str]:
         for key, value in {**own, **settings}.items()
         if value is not None and seen.get(key) != value
     ]
+
+
+def capability_faults(text: str, engine: EngineName) -> list[str]:
+    """Programs with capabilities of their own: no image has any, but for NixOS' wrappers."""
+    lines = text.splitlines()
+    if lines == ["no getcap"]:
+        return [] if engine is EngineName.NIX else ["capabilities of files cannot be asked for"]
+    # "=" alone: an attribute that gives none
+    having = [x for x in lines if not x.startswith("/run/wrappers/") and not x.endswith(" =")]
+    return [f"{path} has {what}" for path, _, what in (x.rpartition(" ") for x in having)]
+
+
+def confinement_faults(profiles: Mapping[str, str], text: str) -> list[str]:
+    """Which units, of those that `profiles` has one for, have a process that it does not hold."""
+    found: dict[str, set[str]] = {}
+    for line in text.splitlines():
+        unit, _, profile = line.partition(" ")
+        found.setdefault(unit, set()).add(profile)
+    faults = []
+    for unit, profile in profiles.items():
+        others = found.get(unit, {"nothing"}) - {f"{profile} (enforce)"}
+        faults += [f"{unit} is held to {o}, not to AppArmor's {profile}" for o in sorted(others)]
+    return faults
 
 
 def policy_faults(profiles: Mapping[str, str], text: str) -> list[str]:
@@ -255,20 +281,23 @@ echo '== shown =='
 printf '%%s\\n' "$shown"
 echo '== processes =='
 while IFS= read -r line; do
-  [[ $line == MainPID=[1-9]* ]] || continue
-  pid=${line#*=}
-  # at once: read line by line, it is made anew each time, and what grew meanwhile shifts the rest
-  status=$(<"/proc/$pid/status")
-  while read -r key value _; do
-    case $key in Name:|CapBnd:|NoNewPrivs:|Seccomp:|Uid:) echo "$pid $key $value" ;; esac
-  done <<<"$status"
+  [[ $line == ControlGroup=/* ]] || continue
+  group=${line#*=}
+  for pid in $(cat "/sys/fs/cgroup$group/"{,*/}cgroup.procs); do
+    # at once: read line by line, it is made anew each time, and what grew meanwhile shifts the rest
+    status=$(<"/proc/$pid/status") && [[ -n $status ]] || continue
+    echo "$pid ControlGroup: $group"
+    while read -r key value _; do
+      case $key in Name:|CapBnd:|NoNewPrivs:|Seccomp:|Uid:) echo "$pid $key $value" ;; esac
+    done <<<"$status"
+  done
 done 2>/dev/null <<<"$shown"
 echo '== accounts =='
 printf '%%s\\n' "$(</etc/passwd)"
 """
 SANDBOX_PROPERTIES = (
-    "Id", "ActiveState", "MainPID", "User", "NoNewPrivileges", "CapabilityBoundingSet",
-    "SystemCallFilter",
+    "Id", "ActiveState", "ControlGroup", "MainPID", "User", "NoNewPrivileges",
+    "CapabilityBoundingSet", "SystemCallFilter",
 )  # fmt: skip
 # in the order of their bits (linux/capability.h)
 CAPABILITIES = (
@@ -338,7 +367,8 @@ def judge_exposures(subject: Subject, output: str) -> Judgement:
 def process_faults(
     blocks: Iterable[Mapping[str, str]], text: str, accounts: Mapping[str, str]
 ) -> list[str]:
-    """Where a unit's process has more rights than the unit: it was started when that had more.
+    """Where a unit's process has more rights than the unit: it was started when that had more, or
+    by another and put beside the unit's own.
 
     `accounts` has the number of each account.
     """
@@ -347,24 +377,34 @@ def process_faults(
         has.setdefault(pid, {})[key] = value
     faults = []
     for block in blocks:
-        pid, unit = block.get("MainPID", "0"), block.get("Id", "a unit")
-        rights = has.get(pid, {})
-        # what systemd is about to start has not given up systemd's rights yet; its name is (UNIT)
-        starting = block.get("ActiveState") != "active" or rights.get("Name", "").startswith("(")
-        ended = bool(rights) and "Seccomp" not in rights  # while its state was read
-        if pid == "0" or starting or ended:
+        main, unit = block.get("MainPID", "0"), block.get("Id", "a unit")
+        if main == "0" or block.get("ActiveState") != "active":
             continue
-        if block.get("NoNewPrivileges") == "yes" and rights.get("NoNewPrivs") != "1":
-            faults.append(f"{unit} runs without NoNewPrivileges=")
-        if block.get("SystemCallFilter") and rights.get("Seccomp") != "2":
-            faults.append(f"{unit} runs without SystemCallFilter=")
-        uid = accounts.get(block.get("User", ""))
-        if uid is not None and rights.get("Uid") != uid:
-            faults.append(f"{unit} runs as {rights.get('Uid', 'nobody')}, not as {block['User']}")
-        bounds = block.get("CapabilityBoundingSet", "").replace("cap_", "").split()
-        allowed = sum(1 << CAPABILITIES.index(c) for c in bounds if c in CAPABILITIES)
-        if int(rights.get("CapBnd", "f" * 16), 16) & ~allowed:
-            faults.append(f"{unit} runs with more than CapabilityBoundingSet=")
+        rights = has.get(main, {})
+        # what systemd is about to start has not given up systemd's rights yet; its name is (UNIT)
+        if not rights.get("Name", "").startswith("("):
+            faults += _right_faults(block, unit, rights)
+            uid, own = accounts.get(block.get("User", "")), rights.get("Uid", "nobody")
+            if uid is not None and own != uid:
+                faults.append(f"{unit} runs as {own}, not as {block['User']}")
+        for pid, rights in has.items():
+            if pid != main and rights.get("ControlGroup") == block.get("ControlGroup"):
+                faults += _right_faults(block, f"{unit}: {rights.get('Name', pid)}", rights)
+    return list(dict.fromkeys(faults))
+
+
+def _right_faults(block: Mapping[str, str], who: str, rights: Mapping[str, str]) -> list[str]:
+    if rights and "Seccomp" not in rights:  # it ended while it was asked
+        return []
+    faults = []
+    if block.get("NoNewPrivileges") == "yes" and rights.get("NoNewPrivs") != "1":
+        faults.append(f"{who} runs without NoNewPrivileges=")
+    if block.get("SystemCallFilter") and rights.get("Seccomp") != "2":
+        faults.append(f"{who} runs without SystemCallFilter=")
+    bounds = block.get("CapabilityBoundingSet", "").replace("cap_", "").split()
+    allowed = sum(1 << CAPABILITIES.index(c) for c in bounds if c in CAPABILITIES)
+    if int(rights.get("CapBnd", "f" * 16), 16) & ~allowed:
+        faults.append(f"{who} runs with more than CapabilityBoundingSet=")
     return faults
 
 

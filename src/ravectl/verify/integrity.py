@@ -39,6 +39,9 @@ RUNTIME = (
     "/run/sysctl.d", "/run/modprobe.d", "/run/modules-load.d", "/run/tmpfiles.d",
     "/run/sysusers.d", "/run/environment.d", "/run/binfmt.d", "/run/userdb",
     "/run/systemd/generator.early", "/run/systemd/system-generators",
+    "/run/systemd/user-generators", "/run/systemd/system-environment-generators",
+    "/run/systemd/user-environment-generators", "/run/udev/hwdb.d", "/run/extensions",
+    "/run/confexts", "/run/credstore", "/run/credstore.encrypted",
     *(f"/run/systemd/{name}.conf.d" for name in (
         "coredump", "journald", "logind", "networkd", "resolved", "sleep", "system", "timesyncd",
         "user",
@@ -46,6 +49,11 @@ RUNTIME = (
 )  # fmt: skip
 LINKS = ("bin", "lib", "lib64", "sbin")  # beside those folders
 TRANSIENT = "/run/systemd/transient/"  # units of a session or a command, beside those of the image
+# what systemd gives to every service that it starts, by names
+ENVIRONMENT = {
+    EngineName.DEBIAN: ("LANG", "PATH"), EngineName.NIX: ("LANG", "PATH", "LOCALE_ARCHIVE", "TZDIR")
+}  # fmt: skip
+CLOCK_TICKS = 100  # a second, in /proc/PID/stat: USER_HZ, the same on each amd64
 
 # The last row says how many came before it, so that one that broke off is seen.
 _DESCRIBE = """\
@@ -63,6 +71,8 @@ for raw in filter(None, sys.stdin.buffer.read().split(b"\\0")):
                 content = hashlib.file_digest(f, "sha256").hexdigest()
             if "security.capability" in os.listxattr(raw):
                 cap = os.getxattr(raw, "security.capability").hex()
+        if kind in ("file", "dir") and any("posix_acl" in n for n in os.listxattr(raw)):
+            cap += "acl"
         elif kind == "link":
             content = os.fsdecode(os.readlink(raw))
         elif kind == "dir":
@@ -85,8 +95,15 @@ find %(folders)s -xdev -newerct @%(epoch)d -print0 |
   head -z -n %(most)d | /usr/bin/python3 -IB -c %(code)s
 echo '== runtime =='
 find %(runtime)s ! -type d -print 2>/dev/null
-echo '== mounts =='
-printf '%%s\\n' "$(</proc/self/mountinfo)"
+%(shared)s
+echo '== ingress =='
+read -r up _ </proc/uptime
+echo "booted $EPOCHREALTIME $up"
+for pid in $(</sys/fs/cgroup/system.slice/%(ingress)s/cgroup.procs); do
+  IFS= read -r stat <"/proc/$pid/stat" && echo "process $stat"
+done 2>/dev/null
+find /etc/nginx ! -type d -printf 'changed %%C@ %%p\\n' | sort -rnk2 | head -n 1
+cmp -s <(/usr/lib/rave/ingress-config -) /run/rave-ingress/router-key.conf || echo 'another'
 """
 
 # /etc is links into the store there, which nobody can write to
@@ -99,8 +116,23 @@ echo '== etc =='
 diff --recursive --brief /etc/static /etc 2>&1 | grep -vE '^(Only in /etc[:/]|diff: )'
 echo '== runtime =='
 find %(runtime)s ! -type d -print 2>/dev/null
+%(shared)s
+"""
+
+# A service sees the files that its own mounts have
+SHARED_SCRIPT = """\
 echo '== mounts =='
 printf '%%s\\n' "$(</proc/self/mountinfo)"
+echo '== environment =='
+systemctl show-environment | cut -d= -f1
+echo '== running =='
+systemctl show --no-pager -p Id,MainPID -- %(units)s
+echo '== inside =='
+inside=()
+for pid in $(systemctl show -P MainPID -- %(units)s | grep '[1-9]'); do
+  inside+=("/proc/$pid/mountinfo")
+done
+grep -HE '^([^ ]+ ){4}/(%(tops)s)[/ ]' "${inside[@]}" </dev/null 2>/dev/null
 """
 
 
@@ -109,7 +141,10 @@ def integrity_script(subject: Subject) -> str:
     values = {
         "folders": shlex.join(f"/{f}" for f in (*inventory.FOLDERS, *LINKS)), "epoch": EPOCH,
         "most": MOST, "code": shlex.quote(_DESCRIBE), "runtime": shlex.join(RUNTIME),
+        "units": shlex.join([*subject.units().values(), *subject.helpers()]),
+        "tops": "|".join(inventory.FOLDERS), "ingress": subject.units()["ingress"],
     }  # fmt: skip
+    values["shared"] = SHARED_SCRIPT % values
     return (STORE_SCRIPT if subject.engine is EngineName.NIX else IMAGE_SCRIPT) % values
 
 
@@ -163,7 +198,10 @@ def judge_integrity(subject: Subject, output: str) -> Judgement:
     if parts is None or not {
         "runtime",
         "mounts",
-        *(("system", "etc") if nix else ("changed",)),
+        "environment",
+        "running",
+        "inside",
+        *(("system", "etc") if nix else ("changed", "ingress")),
     } <= (parts.keys()):
         return unreadable(expected, "the answer about the system's files is incomplete")
     places = [words[4] for words in map(str.split, parts["mounts"].splitlines()) if len(words) > 6]
@@ -188,7 +226,10 @@ def judge_integrity(subject: Subject, output: str) -> Judgement:
             if not _is_beside(p, planned)
         ),
         *(f"something is mounted over {p}" for p in places if p.split("/")[1] in inventory.FOLDERS),
-    ]
+        *(f"each service gets {name}=" for name in parts["environment"].splitlines()
+          if name not in ENVIRONMENT[subject.engine]),
+        *mount_faults(guest.properties(parts["running"]), parts["inside"]),
+    ]  # fmt: skip
     return judged(expected, seen, faults, "undo it, or get the image's own disk: ravectl reset")
 
 
@@ -197,12 +238,47 @@ def _image_faults(subject: Subject, parts: Mapping[str, str]) -> tuple[list[str]
     if changed is None or image is None:
         return None, ""
     own = subject.plan.hardening.own_files[subject.engine]
-    faults = file_faults(changed, image, own)
+    ingress = ingress_faults(parts["ingress"])
+    if ingress is None:
+        return None, ""
+    faults = [*file_faults(changed, image, own), *ingress]
     if len(changed) >= MOST:
         faults.append(f"{MOST} paths or more are newer than the image; no more were looked at")
     return faults, (
         f"{len(changed)} paths are newer than the image, each the same or the machine's own"
     )
+
+
+def mount_faults(blocks: Iterable[Mapping[str, str]], text: str) -> list[str]:
+    """What a unit's main process sees in the place of the system's files.
+
+    systemd mounts what is there once more, to close it for writing, and nothing over what it hides.
+    """
+    units = {b.get("MainPID"): b.get("Id") for b in blocks}
+    faults = []
+    for pid, source, place in re.findall(r"^/proc/(\d+)/\S+:\S+ \S+ \S+ (\S+) (\S+) ", text, re.M):
+        if source != place and not source.startswith("/systemd/inaccessible/"):
+            faults.append(f"something is mounted over {place} for {units.get(pid, pid)}")
+    return faults
+
+
+def ingress_faults(text: str) -> list[str] | None:
+    """Where nginx may have another configuration than its files; None when that is not told.
+
+    Its workers begin anew each time that it has read them.
+    """
+    booted = re.search(r"(?m)^booted ([\d.]+) ([\d.]+)$", text)
+    ticks = [int(row.split()[19]) for row in re.findall(r"(?m)^process .*\) (.*)$", text)]
+    changed = re.search(r"(?m)^changed ([\d.]+) (.*)$", text)
+    if booted is None or changed is None or not ticks:
+        return None
+    read = float(booted[1]) - float(booted[2]) + max(ticks) / CLOCK_TICKS
+    faults = []
+    if float(changed[1]) > read:
+        faults.append(f"{changed[2]} was changed after nginx had read it")
+    if "another" in text.splitlines():
+        faults.append("/run/rave-ingress/router-key.conf is not as ingress-config makes it")
+    return faults
 
 
 def _is_beside(path: str, planned: Collection[str]) -> bool:
@@ -263,8 +339,10 @@ def _differences(row: list[Any], there: list[Any]) -> list[str]:
                      f"leads to {content}, not to {content_}")  # fmt: skip
     if (mode, uid, gid) != (mode_, uid_, gid_):
         found.append(f"is {uid}:{gid} {mode:o}, not {uid_}:{gid_} {mode_:o}")
-    if capability != capability_:
+    if capability.removesuffix("acl") != capability_:
         found.append("has other capabilities than in the image")
+    if capability.endswith("acl"):
+        found.append("has an access control list")
     return found
 
 

@@ -34,6 +34,8 @@ FILES = "/run/secrets"
 SCRIPT = """\
 echo '== files =='
 find -L %(files)s/ -type f -printf '%%P %%u %%g %%m\\n'
+echo '== lists =='
+ls -lnR %(files)s/ | grep -E '^[^ ]{10}[+]'
 echo '== mount =='
 here=$(readlink -f %(files)s)
 while read -r _ on kind options _; do
@@ -58,13 +60,18 @@ shared=()
 while read -r _ on kind _; do
   [[ $kind != tmpfs || $on == /run/secrets.d || $on == /run/credentials/* ]] || shared+=("$on")
 done </proc/mounts
-# A disk is searched on its host; here what others may read of what lies in memory. A credential
-# of a unit has an ACL for its account, which looks like a group's right. No service can make the
-# search endless by a file that is large, or says it is.
+# A disk is searched on its host; here what others than root may read of what lies in memory. A
+# credential of a unit has an ACL for its account, which looks like a group's right; two services
+# have a configuration with keys in it, in a folder that is closed to others. No service can make
+# the search endless by a file that is large, or says it is.
+for on in /run/claude-code-router /run/rave-ingress; do
+  [[ -n $(find "$on" -maxdepth 0 -perm /077) ]] && echo "$on, which is open to others"
+done
 (
   ulimit -v 400000
-  timeout 60 find "${shared[@]}" -xdev -type d ! -perm /011 -prune -o \\
-    -type f -perm /044 -size -64M -exec grep -laFf "$patterns" {} +
+  timeout 60 find "${shared[@]}" -xdev -path /run/claude-code-router -prune -o \\
+    -path /run/rave-ingress -prune -o -type d -user root ! -perm /011 -prune -o \\
+    -type f \\( -perm /044 -o ! -user root \\) -size -64M -exec grep -laFf "$patterns" {} +
 ) 2>/dev/null
 """
 DISK, IMAGE = "the machine's disk", "the image"
@@ -75,6 +82,8 @@ def _collect(target: VerifyTarget, deadline: float) -> str:
     # in base64, so that no value can be anything to the shell
     values = base64.b64encode(_patterns(hidden)).decode()
     script = SCRIPT % {"files": FILES, "values": values}
+    # what was written just now is to be on the disk before this host looks at it
+    guest.run_script(target, "sync", deadline, root=True)
     output, disk = at_once(
         [
             lambda: guest.run_script(target, script, deadline, root=True),
@@ -135,11 +144,12 @@ def judge_secrecy(subject: Subject, output: str) -> Judgement:
     """Each secret has its owner and mode on a tmpfs, and none is seen anywhere else."""
     expected = "owners and modes as declared, on a tmpfs that is not swapped, seen nowhere else"
     parts = guest.sections(output)
-    if parts is None or not {"files", "mount", "swap", "places", "disk"} <= parts.keys():
+    if parts is None or not {"files", "lists", "mount", "swap", "places", "disk"} <= parts.keys():
         return unreadable(expected, "the files, the mount or the search are missing")
     if not parts["disk"].strip() or not parts["mount"].strip():
         return unreadable(expected, "the mount or the disk could not be looked at")
     faults, count = file_faults(subject.plan, parts["files"].splitlines())
+    faults += [f"an access control list opens {x.split()[-1]}" for x in parts["lists"].splitlines()]
     faults += mount_faults(parts["mount"].splitlines(), parts["swap"].splitlines())
     faults += [f"a value is seen in {p}" for p in parts["places"].splitlines()]
     disk = parts["disk"].splitlines()

@@ -137,6 +137,11 @@ if [[ $listeners =~ $daemon ]]; then
   "/proc/$pid/exe" -T "${file[@]}" -C user=%(user)s,host=x,addr=10.0.2.2 2>&1
   echo '== conditions =='
   grep -hiE '^[[:space:]]*(match|include)([[:space:]]|=)' "${file[1]:-/etc/ssh/sshd_config}"
+  echo '== loaded =='
+  # it writes its number anew each time that it has read its configuration
+  stat -c 'read %%.9Y' /run/sshd.pid
+  stat -c 'changed %%.9Z' "${file[1]:-/etc/ssh/sshd_config}"
+  printf 'words %%s\n' "${words[*]}"
 fi
 """
 
@@ -176,18 +181,21 @@ def judge_sshd(subject: Subject, output: str) -> Judgement:
     """sshd takes keys only and modern algorithms only, and refused a password and root."""
     expected = "keys only, no root login, modern algorithms; a password and root are refused"
     parts = guest.sections(output)
-    if parts is None or not {"sshd", "conditions", "tries"} <= parts.keys():
+    if parts is None or not {"sshd", "conditions", "loaded", "tries"} <= parts.keys():
         return unreadable(expected, "sshd's configuration or the logins tried are missing")
     settings = {k.lower(): v for k, _, v in (x.partition(" ") for x in parts["sshd"].splitlines())}
     if "passwordauthentication" not in settings:
         return unreadable(expected, f"sshd -T did not print its settings: {parts['sshd'][:200]}")
+    loading = loading_faults(parts["loaded"])
+    if loading is None:
+        return unreadable(expected, "the machine does not say when sshd read its configuration")
     rows = _json_rows(parts["tries"])
     offer = next((r["offer"] for r in rows if isinstance(r.get("offer"), dict)), None)
     password = _try(rows, "password", subject.plan.operator)
     root = _try(rows, "key", "root")
     if offer is None or password is None or root is None:
         return unreadable(expected, _why_no_try(rows))
-    faults = setting_faults(settings)
+    faults = [*setting_faults(settings), *loading]
     if settings.get("allowusers") != subject.plan.operator:
         faults.append(f"allowusers is {settings.get('allowusers', 'not set')}")
     # what was asked is what sshd does for the operator who comes from the host, and for nobody else
@@ -205,6 +213,22 @@ def judge_sshd(subject: Subject, output: str) -> Judgement:
         faults,
         "mend sshd's configuration in the rendered tree, then: ravectl build, ravectl up",
     )
+
+
+def loading_faults(text: str) -> list[str] | None:
+    """Where sshd may have other settings than its file; None when that is not told.
+
+    A file that was changed, read and put back looks as it should.
+    """
+    said = dict(line.partition(" ")[::2] for line in text.splitlines())
+    try:
+        read, changed = float(said["read"]), float(said["changed"])
+    except (KeyError, ValueError):
+        return None
+    faults = ["sshd's configuration was changed after it was read"] if changed > read else []
+    if re.search(r"\s-\w*o", said.get("words", "")):
+        faults.append(f"sshd was given settings as it was started: {said['words']}")
+    return faults
 
 
 def setting_faults(settings: Mapping[str, str]) -> list[str]:

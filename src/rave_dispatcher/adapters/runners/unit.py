@@ -46,6 +46,16 @@ SANDBOX = (
     "InaccessiblePaths=-/run/secrets -/run/secrets.d -/run/rave -/run/rave-dispatcher",
     # what others listen at by a file; who may write to the journal can push the rest out of it
     "InaccessiblePaths=-/run/dbus -/run/postgresql -/run/systemd/journal",
+    # who speaks to systemd makes it write there, or start services. Not all of the folder: systemd
+    # needs it itself to close the others
+    "InaccessiblePaths=-/run/systemd/notify -/run/systemd/private -/run/systemd/userdb",
+    "InaccessiblePaths=-/run/systemd/netif -/run/systemd/machine -/run/systemd/home",
+    "InaccessiblePaths=-/run/systemd/io.systemd.Credentials -/run/systemd/io.systemd.Hostname",
+    "InaccessiblePaths=-/run/systemd/io.systemd.ManagedOOM -/run/systemd/io.systemd.sysext",
+    "InaccessiblePaths=-/run/systemd/io.systemd.PCRExtend -/run/systemd/io.systemd.PCRLock",
+    "InaccessiblePaths=-/run/systemd/io.systemd.BootControl -/run/systemd/io.systemd.Manager",
+    "InaccessiblePaths=-/run/systemd/io.systemd.Login -/run/systemd/io.systemd.FactoryReset",
+    "InaccessiblePaths=-/run/systemd/io.systemd.AskPassword -/run/udev",
     # what no build and no agent asks for, and attacks on the kernel do
     "SystemCallFilter=~@clock @cpu-emulation @keyring @module @mount @obsolete @raw-io",
     "SystemCallFilter=~@reboot @swap bpf perf_event_open userfaultfd",
