@@ -279,6 +279,7 @@ OWN_FILES = {EngineName.DEBIAN.value: ("/etc/machine-id",), EngineName.NIX.value
 # Units beside the services
 EXPOSURES = {
     "rave-launcher@.service": OTHERS_EXPOSURE,  # root's: it starts units
+    "rave-bans.service": OUR_EXPOSURE,
     "rave-units.service": OUR_EXPOSURE,
     "rave-agents-disk.service": OUR_EXPOSURE,
     "rave-clock.service": OUR_EXPOSURE,
@@ -287,6 +288,7 @@ ENGINE_EXPOSURES = {
     # root's, too: it gives files to their owners. On NixOS sops-nix does, before there are units
     EngineName.DEBIAN: {
         "rave-secrets.service": OTHERS_EXPOSURE,
+        "rave-apparmor.service": OTHERS_EXPOSURE,  # it may change profiles
         "rave-audit.service": OUR_EXPOSURE,
     },
     EngineName.NIX: {},
