@@ -362,8 +362,8 @@ SUBTLE = (
         "mv /etc/issue.net /var/tmp/", "mv /var/tmp/issue.net /etc/",
     ),
     Mutation(
-        "something lies over the system", "X7", "something is mounted over /usr/local/share",
-        "mount -t tmpfs -o nosuid mutation /usr/local/share", "umount /usr/local/share",
+        "something lies over the system", "X7", "something is mounted over /usr/local/src",
+        "mount -t tmpfs -o nosuid,mode=755 mutation /usr/local/src", "umount /usr/local/src",
     ),
 )  # fmt: skip
 

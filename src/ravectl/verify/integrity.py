@@ -228,7 +228,7 @@ def judge_integrity(subject: Subject, output: str) -> Judgement:
         *(f"something is mounted over {p}" for p in places if p.split("/")[1] in inventory.FOLDERS),
         *(f"each service gets {name}=" for name in parts["environment"].splitlines()
           if name not in ENVIRONMENT[subject.engine]),
-        *mount_faults(guest.properties(parts["running"]), parts["inside"]),
+        *mount_faults(guest.properties(parts["running"]), parts["inside"], places),
     ]  # fmt: skip
     return judged(expected, seen, faults, "undo it, or get the image's own disk: ravectl reset")
 
@@ -249,15 +249,19 @@ def _image_faults(subject: Subject, parts: Mapping[str, str]) -> tuple[list[str]
     )
 
 
-def mount_faults(blocks: Iterable[Mapping[str, str]], text: str) -> list[str]:
-    """What a unit's main process sees in the place of the system's files.
+def mount_faults(
+    blocks: Iterable[Mapping[str, str]], text: str, places: Collection[str] = ()
+) -> list[str]:
+    """What a unit's main process sees in the place of the system's files, beside what everybody
+    sees at `places`.
 
     systemd mounts what is there once more, to close it for writing, and nothing over what it hides.
     """
     units = {b.get("MainPID"): b.get("Id") for b in blocks}
     faults = []
     for pid, source, place in re.findall(r"^/proc/(\d+)/\S+:\S+ \S+ \S+ (\S+) (\S+) ", text, re.M):
-        if source != place and not source.startswith("/systemd/inaccessible/"):
+        hidden = source.startswith("/systemd/inaccessible/")
+        if source != place and place not in places and not hidden:
             faults.append(f"something is mounted over {place} for {units.get(pid, pid)}")
     return faults
 
