@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shlex
 import signal
 import sys
 import traceback
@@ -79,6 +80,7 @@ def root(
 
 def main() -> None:
     """Run the command line; the one place where errors become exit codes."""
+    _open_streams()
     _protect()
     try:
         try:
@@ -96,29 +98,49 @@ def main() -> None:
         _print_no_more()
         sys.exit(EXIT_FAILED)
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT) or e.filename is not None:
-            _unexpected(e)
-        _print_no_more()
-        console.error(
-            RavectlError(
-                f"what this prints cannot be written: {e.strerror}",
-                "give it a place with space, and do it again",
-            )
-        )
-        sys.exit(EXIT_FAILED)
+        _system_error(e)
     except Exception as e:  # the last resort: a defect must not look like the person's mistake
-        _unexpected(e)
+        _end(e, _defect(e))
+
+
+def _system_error(e: OSError) -> NoReturn:
+    """End by what the system said no to: a file that is in its way is a person's to move."""
+    why = e.strerror or type(e).__name__
+    if isinstance(e.filename, (str, bytes)) and e.filename:
+        path = os.fsdecode(e.filename)
+        # a line break in a name must not make two lines of one
+        shown = path if path.isprintable() else repr(path)
+        _end(e, RavectlError(f"cannot use {shown}: {why}", f"ls -ld {shlex.quote(path)}"))
+    if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+        _end(e, _defect(e))
+    _print_no_more()
+    remedy = "give it a place with space, and do it again"
+    _end(e, RavectlError(f"what this prints cannot be written: {why}", remedy))
 
 
 def _print_no_more() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _unexpected(e: Exception) -> NoReturn:
-    console.error(_defect(e))
+def _end(e: Exception, told: RavectlError) -> NoReturn:
+    console.error(told)
     if console.is_verbose():
         traceback.print_exc()
     sys.exit(EXIT_FAILED)
+
+
+def _open_streams() -> None:
+    """What was closed (`2>&-`) leads to /dev/null: the next file opened would get its number, and
+    what is said to a person be written into it."""
+    for number, mode in enumerate((os.O_RDONLY, os.O_WRONLY, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, mode), number)  # also where it is that number already
+            os.set_inheritable(number, True)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # as Python has it of one that was closed at its start
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
 
 
 def _protect() -> None:

@@ -1,0 +1,95 @@
+"""What the command line does with what surrounds it: files in its way, closed streams."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Tool
+
+LONG = "a" * 300
+
+
+def explained(done: subprocess.CompletedProcess[str]) -> bool:
+    return "error: " in done.stderr and "fix: " in done.stderr and "defect" not in done.stderr
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("render", LONG), ("image", "verify", "--workspace", LONG), ("status", "--workspace", LONG)],
+    ids=lambda words: words[0],
+)
+def test_a_name_that_is_too_long_is_no_defect(tool: Tool, words: tuple[str, ...]) -> None:
+    done = tool(*words, code=1)
+    assert explained(done)
+    assert f"{LONG}: File name too long\n  fix: ls -ld " in done.stderr
+
+
+def test_a_folder_in_a_files_place_is_named(tool: Tool) -> None:
+    in_the_way = tool.workspace / ".rave" / "secrets.lock"
+    in_the_way.mkdir(parents=True)
+    (tool.workspace / ".rave").chmod(0o700)
+    done = tool("init", "--identity", str(tool.workspace / "my key"), code=1)
+    assert explained(done)
+    assert f"cannot use {in_the_way}: Is a directory" in done.stderr
+    assert "Traceback (most recent" in subprocess.run(
+        [sys.executable, "-m", "ravectl", "--verbose", "init"],
+        env=tool.environment, capture_output=True, text=True, check=False,
+    ).stderr  # fmt: skip
+
+
+def test_the_remedy_for_a_file_can_be_typed(tmp_path: Path, tool: Tool) -> None:
+    odd = f"it's\n{LONG}"
+    done = tool("render", str(tmp_path / odd), code=1)
+    assert explained(done)
+    assert done.stderr.startswith("error: cannot use ")
+    cause, remedy = done.stderr.split("\n", 1)
+    assert "it's\\n" in cause, "one line of cause"
+    ran = subprocess.run(
+        ["sh", "-c", remedy.strip().removeprefix("fix: ")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "too long" in ran.stderr
+
+
+# --- streams -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [("plan", 0), ("status", 0), ("verify --explain ZZ", 2), ("secrets set ccr/api-key", 2)],
+)
+def test_a_closed_stream_changes_no_exit_code(
+    tool: Tool, words: str, code: int, closed: str
+) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"exec {sys.executable} -m ravectl {words} {closed}"],
+        env=tool.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert "defect" not in done.stderr
+    # what is for a person is not taken for a result when nobody hears it
+    heard = words == "plan" and " >&-" not in f" {closed}"
+    assert bool(done.stdout) == heard, done.stdout
+
+
+def test_no_file_gets_the_number_of_a_closed_stream(tool: Tool) -> None:
+    script = (
+        "import os, sys\n"
+        "from ravectl import cli\n"
+        "cli.app = lambda: print(os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT), flush=True)\n"
+        "cli.main()\n"
+    )
+    file = tool.workspace / "file"
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$0" -c "$1" "$2" <&- 2>&-', sys.executable, script, file],
+        env=tool.environment, stdout=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    assert int(done.stdout) > 2
