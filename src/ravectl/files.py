@@ -64,9 +64,26 @@ def package_source(package: str) -> dict[str, str]:
 def cache_dir() -> Path:
     """Where images and package roots are kept: they hold no secret and can be made again."""
     if override := os.environ.get("RAVECTL_CACHE_DIR"):
-        return Path(override).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "ravectl"
+        return expand(override).absolute()
+    return expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "ravectl"
+
+
+def expand(path: str | Path) -> Path:
+    """A path with ~ and ~user as the shell has them: ~nobody-by-that-name is a plain name.
+
+    Raises HostError when ~ is meant and this account has no home.
+    """
+    found = Path(os.path.expanduser(path))  # noqa: PTH111 - Path's raises for unknown users
+    if found.parts[:1] == ("~",):
+        raise HostError("this account has no home folder", "name one: export HOME=/some/folder")
+    return found
+
+
+def why_unread(e: Exception) -> str:
+    """Why a text file could not be read, for a message."""
+    if isinstance(e, UnicodeDecodeError):
+        return "it is not text"
+    return (getattr(e, "strerror", None) or type(e).__name__).lower()
 
 
 def fast_tmp(need_bytes: int) -> Path:

@@ -62,7 +62,7 @@ def key_file(workspace: Workspace) -> Path:
     do). Raises RavectlError when the key is damaged, HostError when it cannot be written.
     """
     if named := os.environ.get(KEY_VARIABLE):
-        path = Path(named).expanduser().absolute()
+        path = files.expand(named).absolute()
         if not path.is_file():
             raise RavectlError(
                 f"{KEY_VARIABLE} names no file: {path}",
@@ -97,7 +97,7 @@ def public_key(key: Path) -> str:
 def account_signers() -> Path:
     """The list of the keys of this account's workspaces, which share its store of images."""
     base = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-    return Path(base).expanduser() / "ravectl" / SIGNERS_FILE
+    return files.expand(base) / "ravectl" / SIGNERS_FILE
 
 
 def _remember(workspace: Workspace, public: str) -> None:

