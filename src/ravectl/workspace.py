@@ -10,8 +10,11 @@ rave.yaml            the person's profile, if there is one
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
+import shlex
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,11 +66,23 @@ class Workspace:
 
     @property
     def identity_file(self) -> Path | None:
-        """The age key file that `init --identity` was told; None for sops' own place."""
-        with contextlib.suppress(OSError):
-            if named := (self.state / "identity").read_text().strip():
-                return self.root / named
-        return None
+        """The age key file that `init --identity` was told; None for sops' own place.
+
+        Raises RavectlError when what it was told cannot be read.
+        """
+        path = self.state / "identity"
+        try:
+            named = path.read_text().strip()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, UnicodeDecodeError) as e:
+            # another key than the one that was told would be taken, or made
+            quoted = shlex.quote(str(path))
+            raise RavectlError(
+                f"cannot read {path}, which names the age key file: {files.why_unread(e)}",
+                f"write that name anew: rm -r {quoted}; echo KEYFILE >{quoted}",
+            ) from None
+        return self.root / named if named else None
 
     def remember_identity(self, file: Path) -> None:
         """Have `identity_file` tell this; one in the workspace moves with it."""
@@ -114,11 +129,17 @@ class Workspace:
         Raises HostError if that fails, or if there is one that ravectl did not make here: one
         that came with a repository may have anything written anywhere.
         """
-        if self.state.exists() and not files.is_private(self.state):
+        quoted = shlex.quote(str(self.state))
+        there = os.path.lexists(self.state)
+        if there and not self.state.is_dir():
+            raise HostError(
+                f"{self.state} is no folder, and ravectl keeps what is its own in one",
+                f"move it away: mv {quoted} {quoted}.old",
+            )
+        if there and not files.is_private(self.state):
             raise HostError(
                 f"{self.state} is not private to you, so ravectl did not make it here",
-                f"if you know it: chmod 700 '{self.state}'; if it came with what you cloned, "
-                "remove it",
+                f"if you know it: chmod 700 {quoted}; if it came with what you cloned, remove it",
             )
         files.make_private_dir(self.state)
         ignore = self.state / ".gitignore"
@@ -135,15 +156,30 @@ def find(start: Path | None = None, override: Path | None = None) -> Workspace:
     is no folder, RavectlError when the current folder is gone.
     """
     if override is not None:
-        root = override.expanduser().absolute()
-        if not root.is_dir():
-            raise UsageError(f"there is no folder {root}", f"make it: mkdir -p '{root}'")
+        root = files.expand(override).absolute()
+        _require_folder(root)
         return Workspace(root)
     here = (start or _current_folder()).absolute()
     for folder in (here, *here.parents):
         if _is_workspace(folder, here):
             return Workspace(folder)
     return Workspace(here)
+
+
+def _require_folder(path: Path) -> None:
+    quoted = shlex.quote(str(path))
+    try:
+        if stat.S_ISDIR(path.stat().st_mode):
+            return
+    except (FileNotFoundError, NotADirectoryError):
+        if not path.is_symlink():
+            raise UsageError(f"there is no folder {path}", f"make it: mkdir -p {quoted}") from None
+        raise UsageError(f"{path} is a link to nothing", f"see it: ls -l {quoted}") from None
+    except OSError as e:
+        if e.errno != errno.ELOOP:
+            raise
+        raise UsageError(f"{path} is a link in a circle", f"see it: ls -l {quoted}") from None
+    raise UsageError(f"{path} is a file and no folder", "name a folder: --workspace FOLDER")
 
 
 def _current_folder() -> Path:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ravectl import files
-from ravectl.errors import HostError, RavectlError
+from ravectl import files, signing, sops, workspace
+from ravectl.errors import HostError, RavectlError, UsageError
 
 
 def test_private_file_is_private_and_replaced_whole(tmp_path: Path) -> None:
@@ -49,6 +49,31 @@ def test_no_space_for_what_is_printed_is_no_defect() -> None:
     assert done.stderr.startswith("error: what this prints cannot be written: No space left")
     assert "fix: " in done.stderr
     assert "Exception" not in done.stderr
+
+
+def test_a_home_that_nobody_has_is_a_plain_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of")
+    assert files.expand("~/x") == Path("/home/of/x")
+    assert files.expand(Path("~no-such-user/x")) == Path("~no-such-user/x")
+    places = ("RAVECTL_CACHE_DIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "SOPS_AGE_KEY_FILE")
+    for variable in (*places, signing.KEY_VARIABLE):
+        monkeypatch.setenv(variable, "~no-such-user/x")
+    for find in (files.cache_dir, sops.find_identity, signing.account_signers):
+        assert "~no-such-user/x" in str(find())
+    assert sops.find_identity(Path("~no-such-user/k")).file == Path("~no-such-user/k").absolute()
+    with pytest.raises(RavectlError, match="names no file"):
+        signing.key_file(workspace.Workspace(Path("/nonexistent")))
+    with pytest.raises(UsageError, match="there is no folder"):
+        workspace.find(override=Path("~no-such-user/w"))
+
+
+def test_an_account_without_a_home_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing is put into a folder that is called ~."""
+    monkeypatch.setattr("os.path.expanduser", str)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("RAVECTL_CACHE_DIR", raising=False)
+    with pytest.raises(HostError, match="has no home folder"):
+        files.cache_dir()
 
 
 def test_unwritable_folder_names_cause_and_remedy(tmp_path: Path) -> None:

@@ -101,6 +101,24 @@ def test_an_override_that_is_not_there_is_a_usage_error(tmp_path: Path) -> None:
     assert "mkdir" in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda p: p.touch(), "is a file and no folder"),
+        (lambda p: p.symlink_to(p.name), "is a link in a circle"),
+        (lambda p: p.symlink_to("nowhere"), "is a link to nothing"),
+    ],
+)
+def test_an_override_that_is_no_folder_is_told_as_what_it_is(
+    tmp_path: Path, make: Callable[[Path], object], said: str
+) -> None:
+    make(tmp_path / "odd")
+    with pytest.raises(UsageError) as caught:
+        workspace.find(override=tmp_path / "odd")
+    assert said in caught.value.message
+    assert caught.value.hint
+
+
 def test_a_deleted_current_folder_is_told(deep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(deep)
     deep.rmdir()
@@ -135,10 +153,16 @@ def test_preparing_again_keeps_everything(tmp_path: Path) -> None:
     assert found.state.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_state_that_cannot_be_made_is_the_hosts_fault(tmp_path: Path) -> None:
-    (tmp_path / ".rave").touch()
-    with pytest.raises(HostError, match="is not private"):
+@pytest.mark.parametrize("make", [lambda p: p.touch(), lambda p: p.symlink_to(p.name)])
+def test_a_state_that_is_no_folder_is_told_with_a_remedy_that_works(
+    tmp_path: Path, make: Callable[[Path], object]
+) -> None:
+    make(tmp_path / ".rave")
+    with pytest.raises(HostError, match="is no folder") as caught:
         Workspace(tmp_path).prepare()
+    _, _, remedy = caught.value.hint.partition(": ")
+    subprocess.run(["sh", "-euc", remedy], check=True)
+    assert Workspace(tmp_path).prepare().state.is_dir()
 
 
 @pytest.mark.parametrize("make", [
@@ -160,6 +184,23 @@ def test_a_private_file_in_the_workspace_is_kept_from_git(tmp_path: Path) -> Non
     for path in (tmp_path / "my.key", tmp_path / "my.key", tmp_path.parent / "far.key"):
         space.keep_from_git(path)
     assert (tmp_path / ".gitignore").read_text() == "build\n/my.key\n"
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [(lambda p: p.write_bytes(b"\xff\xfe"), "not text"), (lambda p: p.mkdir(), "a directory")],
+)
+def test_an_identity_that_cannot_be_read_is_told_and_no_other_taken(
+    tmp_path: Path, make: Callable[[Path], object], said: str
+) -> None:
+    found = Workspace(tmp_path).prepare()
+    assert found.identity_file is None
+    make(found.state / "identity")
+    with pytest.raises(RavectlError, match=said) as caught:
+        _ = found.identity_file
+    _, _, remedy = caught.value.hint.partition(": ")
+    subprocess.run(["sh", "-euc", remedy.replace("KEYFILE", "my.key")], check=True)
+    assert found.identity_file == tmp_path / "my.key"
 
 
 def test_an_identity_in_the_workspace_moves_with_it(tmp_path: Path) -> None:
