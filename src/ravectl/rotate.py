@@ -91,8 +91,7 @@ def choose(
     sender may still use the former one. Raises UsageError for a name that is none, that cannot
     be made anew, or whose former value is still accepted.
     """
-    for name in asked.names:
-        _require_rotatable(declared, name)
+    check_names(asked.names, declared)
     chosen = list(asked.names)
     if asked.everything or (not chosen and (not asked.ssh or asked.older_than is not None)):
         chosen += [s.name for s in declared if s.in_all and _is_made(s)]
@@ -110,6 +109,12 @@ def choose(
             )
         chosen = [n for n in chosen if n not in running]
     return tuple(dict.fromkeys(chosen))
+
+
+def check_names(names: Iterable[str], declared: Sequence[Secret] = SECRETS) -> None:
+    """Raise UsageError for a name that is none, or that cannot be made anew. Pure."""
+    for name in names:
+        _require_rotatable(declared, name)
 
 
 def _is_made(s: Secret) -> bool:
@@ -232,17 +237,19 @@ class Change:
         """The Plan of each machine."""
         return {name: i.require_record().plan for name, i in self.instances.items()}
 
-    def load(self) -> Secrets:
-        """All secrets as they hold now."""
+    def vaults(self) -> tuple[Vault, dict[str, Vault]]:
+        """What all machines share, and each one's own, as they hold now."""
         machines = {
             name: vault.read(self.places.machine(i.folder), self.identity)
             for name, i in self.instances.items()
         }
+        return vault.read(self.places.shared, self.identity), machines
+
+    def load(self) -> Secrets:
+        """All secrets as they hold now."""
+        shared, machines = self.vaults()
         key = credentials.ensure_operator_key(self.workspace.ssh_dir)
-        return Secrets(
-            vault.read(self.places.shared, self.identity), machines, self.places.recipients(),
-            key.file.read_text(),
-        )  # fmt: skip
+        return Secrets(shared, machines, self.places.recipients(), key.file.read_text())
 
     def values(self, secrets: Secrets, name: str, operator_file: Path) -> Values:
         """What a machine has when these secrets hold."""
@@ -717,20 +724,22 @@ def rotate(workspace: Workspace, identity: sops.Identity, asked: Asked) -> Done:
     """Give secrets new values."""
 
     def decide(before: Secrets, plans: Mapping[str, Plan]) -> Secrets:
-        chosen = plan_rotation(workspace, before, asked)
+        chosen = plan_rotation(workspace, before.shared, before.machines, asked)
         return rotated(before, chosen, SECRETS, plans, vault.now(), grace=asked.grace)
 
     return change(workspace, identity, "rotate", decide)
 
 
-def plan_rotation(workspace: Workspace, before: Secrets, asked: Asked) -> tuple[str, ...]:
+def plan_rotation(
+    workspace: Workspace, shared: Vault, machines: Mapping[str, Vault], asked: Asked
+) -> tuple[str, ...]:
     """The names that `rotate` would take."""
-    dates = _oldest([before.shared, *before.machines.values()])
+    dates = _oldest([shared, *machines.values()])
     key = vault.Places(workspace).operator_key
     if key.exists():
         made = datetime.datetime.fromtimestamp(key.stat().st_mtime, datetime.UTC)
         dates[OPERATOR_KEY] = vault.stamp(made)
-    return choose(SECRETS, dates, before.shared.until, asked, vault.now())
+    return choose(SECRETS, dates, shared.until, asked, vault.now())
 
 
 def _oldest(vaults: Iterable[Vault]) -> dict[str, str]:
@@ -742,9 +751,19 @@ def _oldest(vaults: Iterable[Vault]) -> dict[str, str]:
 
 
 def preview(workspace: Workspace, identity: sops.Identity, asked: Asked) -> tuple[str, ...]:
-    """What `rotate` would rotate; nothing is changed."""
-    vault.ensure(workspace, SECRETS, identity)
-    return plan_rotation(workspace, Change(workspace, identity, "preview").load(), asked)
+    """What `rotate` would rotate; nothing is made or changed."""
+    check_names(asked.names)
+    require_secrets(workspace)
+    return plan_rotation(workspace, *Change(workspace, identity, "preview").vaults(), asked)
+
+
+def require_secrets(workspace: Workspace) -> None:
+    """Raise RavectlError where no secrets were ever made: who only looks must not make some."""
+    places = vault.Places(workspace)
+    if not places.shared.exists() and not places.rules.exists():
+        raise RavectlError(
+            f"there is no {vault.FILE} here, in {workspace.root}", "make it: ravectl init"
+        )
 
 
 def set_values(

@@ -149,19 +149,67 @@ def test_edit_changes_what_was_changed(made: Tool) -> None:
 @pytest.mark.parametrize(
     "script",
     ["exit 1", "echo '[' >>$1", "echo '- a' >$1", "echo 'ca/key: x' >>$1", "echo >$1",
-     "sed -i 's/^ccr.api-key:.*/ccr\\/api-key: short/' $1", "echo 'no/such: x' >>$1"],
+     "sed -i 's/^ccr.api-key:.*/ccr\\/api-key: short/' $1", "echo 'no/such: x' >>$1",
+     "rm $1", "rm $1; mkdir $1"],
 )  # fmt: skip
 def test_an_edit_that_cannot_be_taken_changes_nothing(made: Tool, script: str) -> None:
     before = below(made)
     done = made("secrets", "edit", env=editor(made, script), code=None)
     assert done.returncode in (1, 2)
     assert explained(done)
+    assert "defect" not in done.stderr
     assert below(made) == before
 
 
 def test_an_editor_that_is_not_there(made: Tool) -> None:
     done = made("secrets", "edit", env={"EDITOR": "no-such-editor", "VISUAL": ""}, code=4)
     assert "EDITOR" in done.stderr
+
+
+@pytest.mark.parametrize("variable", ["EDITOR", "VISUAL"])
+@pytest.mark.parametrize("text", ["'", " "])
+def test_an_editor_that_is_no_command_line(made: Tool, variable: str, text: str) -> None:
+    done = made("secrets", "edit", env={"EDITOR": "", "VISUAL": "", variable: text}, code=2)
+    assert f"${variable} is not a command line" in done.stderr
+    assert f"fix: as in: export {variable}=vi" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("rotate-secrets", "--dry-run"), 1, "there is no secrets.yaml here"),
+        (("rotate-secrets", "--dry-run", "--age"), 1, "there is no secrets.yaml here"),
+        (("secrets", "edit"), 1, "there is no secrets.yaml here"),
+        (("rotate-secrets", "no/such"), 2, "there is no secret 'no/such'"),
+        (("rotate-secrets", "--age", "no/such"), 2, "there is no secret 'no/such'"),
+        (("rotate-secrets", "--dry-run", "no/such"), 2, "there is no secret 'no/such'"),
+    ],
+)
+def test_where_no_secrets_are_none_are_made_in_passing(
+    tool: Tool, tmp_path_factory: pytest.TempPathFactory, words: tuple[str, ...], code: int,
+    said: str,
+) -> None:  # fmt: skip
+    config = tmp_path_factory.mktemp("config")
+    done = tool(*words, env={"XDG_CONFIG_HOME": str(config)}, code=code)
+    assert said in done.stderr
+    assert explained(done)
+    assert code == 2 or "fix: make it: ravectl init" in done.stderr
+    assert [*tool.workspace.iterdir(), *config.iterdir()] == []
+
+
+def test_a_name_that_is_wrong_is_refused_before_the_identity_is_rotated(made: Tool) -> None:
+    before = below(made)
+    made("rotate-secrets", "--age", "no/such", code=2)
+    assert below(made) == before
+
+
+def test_a_dry_run_writes_nothing(made: Tool) -> None:
+    """Not even what a newer ravectl would add, or a key that is missing."""
+    for path in sorted((made.workspace / ".rave").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    (made.workspace / ".rave").rmdir()
+    made("rotate-secrets", "--dry-run", env={"SOPS_AGE_KEY_FILE": str(made.workspace / "my.key")})
+    assert not (made.workspace / ".rave").exists()
 
 
 def test_rotation_says_names_and_keeps_a_log(made: Tool) -> None:

@@ -161,6 +161,7 @@ def edit(workspace: options.Folder = None) -> None:
 
     space = options.find_workspace(workspace)
     opener = options.opener(space)
+    rotate.require_secrets(space)
     shared = vault.ensure(space, _declared(), opener)
     names = [s.name for s in rotate.settable()]
     known = {n: shared.values[n] for n in names if n in shared.values}
@@ -184,7 +185,7 @@ def _edited(known: dict[str, str], unset: list[str]) -> dict[str, str]:
 
     from ravectl import command, files
 
-    editor = shlex.split(os.environ.get("VISUAL") or os.environ.get("EDITOR") or "editor")
+    editor = _editor()
     head = "# save and leave to change; values are text\n"
     text = head + yaml.safe_dump(known) + "".join(f"# {n}: not set\n" for n in unset)
     with files.in_memory() as folder:
@@ -194,6 +195,11 @@ def _edited(known: dict[str, str], unset: list[str]) -> dict[str, str]:
             raise RavectlError(f"{editor[0]} ended with exit {code}", "nothing was changed")
         try:
             found = yaml.safe_load(path.read_text())
+        except OSError as e:
+            raise RavectlError(
+                f"{editor[0]} left no file that can be read: {files.why_unread(e)}",
+                "edit again; nothing was changed",
+            ) from None
         except (yaml.YAMLError, UnicodeDecodeError):
             raise RavectlError(
                 "what was saved is no YAML", "edit again; nothing was changed"
@@ -204,6 +210,18 @@ def _edited(known: dict[str, str], unset: list[str]) -> dict[str, str]:
             "put values in quotes; nothing was changed",
         )
     return {str(k): v for k, v in found.items()}
+
+
+def _editor() -> list[str]:
+    """The editor that the person named, as a command; UsageError when it is none."""
+    variable = next((v for v in ("VISUAL", "EDITOR") if os.environ.get(v)), None)
+    try:
+        words = shlex.split(os.environ[variable] if variable else "editor")
+    except ValueError:
+        words = []
+    if not words:
+        raise UsageError(f"${variable} is not a command line", f"as in: export {variable}=vi")
+    return words
 
 
 @app.command("check")
@@ -308,13 +326,13 @@ def rotate_secrets(
     wanted = list(names or ())
     if everything and wanted:
         raise UsageError("--all and names contradict each other", "give one of them")
+    rotate.check_names(wanted)  # before --age makes a key
     asked = rotate.Asked(tuple(wanted), limit, ssh, everything, grace)
     # --age alone is the identity alone
     values_too = bool(wanted or everything or ssh or limit is not None or not age)
     if dry_run:
-        chosen: tuple[str, ...] = ()
-        if values_too:
-            chosen = rotate.preview(space, opener, asked)
+        rotate.require_secrets(space)
+        chosen = rotate.preview(space, opener, asked) if values_too else ()
         for name in (*chosen, *(["age identity"] if age else [])):
             print(name)
         return
