@@ -79,8 +79,8 @@ def expand(path: str | Path) -> Path:
     return found
 
 
-def why_unread(e: Exception) -> str:
-    """Why a text file could not be read, for a message."""
+def why_not(e: Exception) -> str:
+    """Why a text file could not be read or written, for a message."""
     if isinstance(e, UnicodeDecodeError):
         return "it is not text"
     return (getattr(e, "strerror", None) or type(e).__name__).lower()

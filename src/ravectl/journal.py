@@ -114,7 +114,7 @@ def close(state: Path) -> None:
 
 
 def log(state: Path, entry: Mapping[str, Any]) -> None:
-    """Add a line to the audit log."""
+    """Add a line to the audit log; raises OSError when that cannot be."""
     fd = os.open(state / AUDIT, os.O_WRONLY | os.O_CREAT | os.O_APPEND, files.PRIVATE_FILE)
     with os.fdopen(fd, "w") as f:
         f.write(json.dumps(entry, sort_keys=True) + "\n")

@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import getpass
 import os
+import shlex
 import socket
 import time
 import uuid
@@ -607,7 +608,15 @@ class Change:
         }
         if cause:
             entry["cause"] = cause
-        journal.log(self.workspace.state, entry)
+        try:
+            journal.log(self.workspace.state, entry)
+        except OSError as e:
+            # raised, it would say that the change failed, and keep its journal for ever
+            path = self.workspace.state / journal.AUDIT
+            console.warn(
+                f"the change is {outcome}, only its line in {path} is missing "
+                f"({files.why_not(e)}): see to that: ls -ld {shlex.quote(str(path))}"
+            )
 
 
 def _who() -> str:

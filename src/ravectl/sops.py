@@ -83,7 +83,7 @@ class Identity:
             ) from None
         except (OSError, UnicodeDecodeError) as e:
             raise RavectlError(
-                f"cannot read the age identity in {self.file}: {files.why_unread(e)}",
+                f"cannot read the age identity in {self.file}: {files.why_not(e)}",
                 f"see to its owner and mode: ls -l {shlex.quote(str(self.file))}",
             ) from None
 

@@ -79,7 +79,7 @@ class Workspace:
             # another key than the one that was told would be taken, or made
             quoted = shlex.quote(str(path))
             raise RavectlError(
-                f"cannot read {path}, which names the age key file: {files.why_unread(e)}",
+                f"cannot read {path}, which names the age key file: {files.why_not(e)}",
                 f"write that name anew: rm -r {quoted}; echo KEYFILE >{quoted}",
             ) from None
         return self.root / named if named else None

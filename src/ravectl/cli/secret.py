@@ -197,7 +197,7 @@ def _edited(known: dict[str, str], unset: list[str]) -> dict[str, str]:
             found = yaml.safe_load(path.read_text())
         except OSError as e:
             raise RavectlError(
-                f"{editor[0]} left no file that can be read: {files.why_unread(e)}",
+                f"{editor[0]} left no file that can be read: {files.why_not(e)}",
                 "edit again; nothing was changed",
             ) from None
         except (yaml.YAMLError, UnicodeDecodeError):
