@@ -6,6 +6,9 @@ the CLI. Anything else that escapes is a defect of ravectl and is reported as su
 
 from __future__ import annotations
 
+import os
+import shlex
+
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_CHECK = 3
@@ -43,6 +46,17 @@ class HostError(RavectlError):
     """This host lacks something: a tool, memory, disk, a right."""
 
     exit_code = EXIT_HOST
+
+
+def of_file(e: OSError) -> RavectlError | None:
+    """What the system's no to a file means for a person; None when it is about no file."""
+    if not isinstance(e.filename, (str, bytes)) or not e.filename:
+        return None
+    path = os.fsdecode(e.filename)
+    # a line break in a name must not make two lines of one
+    shown = path if path.isprintable() else repr(path)
+    why = e.strerror or type(e).__name__
+    return RavectlError(f"cannot use {shown}: {why}", f"ls -ld {shlex.quote(path)}")
 
 
 class DeadlineError(RavectlError):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from ravectl import instance, profile
+from ravectl.model import EngineName
+from ravectl.plan import make_plan
+from ravectl.workspace import Workspace
 from tests.conftest import Tool
 
 LONG = "a" * 300
@@ -93,3 +98,41 @@ def test_no_file_gets_the_number_of_a_closed_stream(tool: Tool) -> None:
         env=tool.environment, stdout=subprocess.PIPE, text=True, check=False,
     )  # fmt: skip
     assert int(done.stdout) > 2
+
+
+# --- instances -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stopped(tool: Tool) -> Tool:
+    """A workspace with an instance that was never started."""
+    made = make_plan(**profile.select("safe", {}, None).plan_arguments())
+    Workspace(tool.workspace).prepare()
+    tool.instance().folder.mkdir(parents=True)
+    tool.instance().save(instance.new_record(made, EngineName.DEBIAN))
+    return tool
+
+
+@pytest.mark.parametrize("spoil", ["record", "console"])
+def test_a_damaged_instance_does_not_hide_the_others(stopped: Tool, spoil: str) -> None:
+    bad = stopped.instance("bad")
+    bad.folder.mkdir()
+    if spoil == "record":
+        (bad.folder / "instance.json").write_text('{"form": 1}')
+    else:
+        bad.save(stopped.instance().require_record())
+        bad.console_log.mkdir()
+    done = stopped("status", "--json", code=1)
+    damaged, good = json.loads(done.stdout)
+    assert (good["name"], good["state"]) == ("default", "stopped")
+    assert damaged["state"] == "damaged"
+    assert (damaged["name"], damaged["folder"]) == ("bad", str(bad.folder))
+    assert damaged["message"] in done.stderr
+    assert explained(done)
+    done = stopped("status", code=1)
+    assert [line.split()[:2] for line in done.stdout.splitlines()] == [
+        ["bad", "damaged"],
+        ["default", "stopped"],
+    ]
+    assert explained(done)
+    (bad.folder / "instance.json").unlink()

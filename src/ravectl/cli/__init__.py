@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import resource
-import shlex
 import signal
 import sys
 import traceback
@@ -17,7 +16,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from ravectl import __version__, console
+from ravectl import __version__, console, errors
 from ravectl.cli import access, check, dispatch, image, machine, secret
 from ravectl.errors import EXIT_FAILED, EXIT_INTERRUPTED, RavectlError
 
@@ -105,17 +104,13 @@ def main() -> None:
 
 def _system_error(e: OSError) -> NoReturn:
     """End by what the system said no to: a file that is in its way is a person's to move."""
-    why = e.strerror or type(e).__name__
-    if isinstance(e.filename, (str, bytes)) and e.filename:
-        path = os.fsdecode(e.filename)
-        # a line break in a name must not make two lines of one
-        shown = path if path.isprintable() else repr(path)
-        _end(e, RavectlError(f"cannot use {shown}: {why}", f"ls -ld {shlex.quote(path)}"))
+    if told := errors.of_file(e):
+        _end(e, told)
     if e.errno not in (errno.ENOSPC, errno.EDQUOT):
         _end(e, _defect(e))
     _print_no_more()
     remedy = "give it a place with space, and do it again"
-    _end(e, RavectlError(f"what this prints cannot be written: {why}", remedy))
+    _end(e, RavectlError(f"what this prints cannot be written: {e.strerror}", remedy))
 
 
 def _print_no_more() -> None:

@@ -7,16 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ravectl import console
+from ravectl import console, errors
 from ravectl.cli import options
-from ravectl.errors import UsageError
+from ravectl.errors import EXIT_FAILED, RavectlError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from ravectl.instance import Instance
     from ravectl.model import Accelerator, Image
     from ravectl.workspace import Workspace
+
+DAMAGED = "damaged"  # the state of an instance whose record or files cannot be read
 
 
 def up(
@@ -153,19 +156,17 @@ def status(
         found = list_instances(space.instances_dir)
     else:
         found = [options.find_instance(workspace, name)]
-    rows = [_row(i) for i in found]
+    rows, faults = _rows(found)
     if as_json:
         options.print_json(rows)
-        return
-    if not rows:
+    elif not rows:
         console.note(f"no instance in {space.root}: ravectl up makes one")
-    for r in rows:
-        ports = f"ssh :{r['ssh_port']}  https :{r['https_port']}" if r["ssh_port"] else ""
-        since = f"{r['uptime_seconds'] / 60:.0f} min" if r["uptime_seconds"] else ""
-        panics = f"  kernel panics: {r['kernel_panics']}" if r["kernel_panics"] else ""
-        print(
-            f"{r['name']:<16} {r['state']:<9} {r['profile']:<10} {ports}  {since}{panics}".rstrip()
-        )
+    else:
+        print("\n".join(map(_line, rows)))
+    for fault in faults:
+        console.error(fault)
+    if faults:
+        raise typer.Exit(EXIT_FAILED)
 
 
 def _the_one(space: Workspace, workspace: Path | None, name: str | None) -> Instance:
@@ -196,6 +197,32 @@ def _watch(found: Instance, interval: float, *, as_json: bool) -> None:
         watching.run(found, interval, as_json=as_json)
 
 
+def _rows(instances: Iterable[Instance]) -> tuple[list[dict[str, Any]], list[RavectlError]]:
+    """A row for each instance, and what is wrong with those that cannot be read."""
+    rows, faults = [], []
+    for i in instances:
+        try:
+            rows.append(_row(i))
+        except (RavectlError, OSError) as e:
+            fault = errors.of_file(e) if isinstance(e, OSError) else e
+            if fault is None:
+                raise
+            row = {"name": i.name, "state": DAMAGED, "message": fault.message}
+            rows.append({**row, "folder": str(i.folder)})
+            faults.append(fault)
+    return rows, faults
+
+
+def _line(r: dict[str, Any]) -> str:
+    """A row for a person."""
+    if r["state"] == DAMAGED:
+        return f"{r['name']:<16} {r['state']:<9} {r['folder']}"
+    ports = f"ssh :{r['ssh_port']}  https :{r['https_port']}" if r["ssh_port"] else ""
+    since = f"{r['uptime_seconds'] / 60:.0f} min" if r["uptime_seconds"] else ""
+    panics = f"  kernel panics: {r['kernel_panics']}" if r["kernel_panics"] else ""
+    return f"{r['name']:<16} {r['state']:<9} {r['profile']:<10} {ports}  {since}{panics}".rstrip()
+
+
 def _row(found: Instance) -> dict[str, Any]:
     from ravectl.model import InstanceState
 
@@ -220,8 +247,6 @@ def _row(found: Instance) -> dict[str, Any]:
 
 
 def _qemu_status(found: Instance) -> str:
-    from ravectl.errors import RavectlError
-
     try:
         with found.ask() as monitor:
             return str(monitor.ask("query-status")["status"])
