@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from ravectl import console, files, imagelock, inventory, model, signing, vault
 from ravectl.engines import debian, disk, nix
-from ravectl.errors import RavectlError
+from ravectl.errors import RavectlError, UsageError
 from ravectl.model import (
     MANIFEST,
     EngineName,
@@ -391,6 +392,14 @@ def load(folder: Path) -> Image:
         if not path.exists() or path.stat().st_size != size:
             raise RavectlError(f"image {folder.name} is damaged: {name} is truncated", remedy)
     return image
+
+
+def require_digest(text: str) -> None:
+    """Raise UsageError for what cannot be the digest of an image."""
+    if not re.fullmatch(r"[0-9a-f]{16}", text):
+        raise UsageError(
+            f"{text!r} is no digest of an image: 16 hex digits", "ravectl status --json shows it"
+        )
 
 
 def find(digest: str) -> Image:

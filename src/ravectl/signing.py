@@ -12,6 +12,7 @@ trusted, and what it does not hold against: docs/adr/0011.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ravectl import command, console, credentials, files
-from ravectl.errors import RavectlError
+from ravectl.errors import RavectlError, UsageError
 from ravectl.model import MANIFEST, Image
 from ravectl.workspace import Workspace
 
@@ -74,7 +75,15 @@ def key_file(workspace: Workspace) -> Path:
 
 
 def signer_line(workspace: Workspace, principal: str) -> str:
-    """The line of an allowed_signers file by which others take what this workspace signs."""
+    """The line of an allowed_signers file by which others take what this workspace signs.
+
+    Raises UsageError for a name that would make another line of it.
+    """
+    if not re.fullmatch(r"[\w.@+-]+", principal):
+        raise UsageError(
+            f"{principal!r} cannot be the name of a signer",
+            "use letters, digits and . @ + - _, as in ci@example.org",
+        )
     return f'{principal} namespaces="{NAMESPACE}" {public_key(key_file(workspace))}'
 
 

@@ -136,3 +136,21 @@ def test_a_damaged_instance_does_not_hide_the_others(stopped: Tool, spoil: str) 
     ]
     assert explained(done)
     (bad.folder / "instance.json").unlink()
+
+
+# --- images --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("digest", ["", "../images", "f" * 15, "F" * 16, f"{'f' * 16}\n", LONG])
+def test_what_is_no_digest_is_told(tool: Tool, digest: str) -> None:
+    for words in (("image", "verify"), ("image", "sign")):
+        done = tool(*words, digest, code=2)
+        assert explained(done)
+        assert "ravectl status --json" in done.stderr
+    assert list(tool.workspace.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a\nb", "a,b", '"'])
+def test_a_signer_whose_name_would_break_the_list_is_refused(tool: Tool, name: str) -> None:
+    assert explained(tool("image", "key", name, code=2))
+    assert list(tool.workspace.iterdir()) == []

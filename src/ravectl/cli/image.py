@@ -228,6 +228,10 @@ def verify(
     workspace: options.Folder = None,
 ) -> None:
     """Hold images against their signed manifests; exit 3 when one does not hold."""
+    from ravectl import images
+
+    for given in digest or ():
+        images.require_digest(given)
     space = options.find_workspace(workspace)
     asked = digest or _used(space)
     if not asked:
@@ -272,6 +276,7 @@ def sign(
     """Vouch for an image of the store by this workspace's key: you know where it is from."""
     from ravectl import images, signing
 
+    images.require_digest(digest)
     space = options.find_workspace(workspace)
     found = images.find(digest)
     signing.sign(space, found.folder)
