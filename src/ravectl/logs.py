@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import shlex
 import time
 import unicodedata
@@ -26,6 +27,26 @@ PRIORITIES = ("emerg", "alert", "crit", "err", "warning", "notice", "info", "deb
 CURSOR_LINE = "-- cursor: "
 TO_THE_END_SECONDS = 3600.0  # a journal of 1 GB takes minutes under TCG
 UNITS_SECONDS = 60.0
+_REMEDY = (
+    "write times as 'today', '-1h' or '2026-01-31 12:00', priorities as 'err', --grep as a "
+    "regular expression: man journalctl"
+)
+
+
+# systemd.time(7), word by word: a check of what no journalctl sees, so it lets pass what may be one
+_UNIT = (
+    r"(?:[muµ]?s(?:ec)?|seconds?|m(?:in(?:utes?)?)?|h(?:r|ours?)?"
+    r"|d(?:ays?)?|w(?:eeks?)?|M|months?|y(?:ears?)?)"
+)
+_DATE, _CLOCK = r"\d{2,4}-\d{1,2}-\d{1,2}", r"\d{1,2}:\d{2}(?::\d{2}(?:\.\d+)?)?"
+_WHEN = re.compile(
+    rf"now|today|yesterday|tomorrow|@\d+(?:\.\d+)?|[+-]?(?:\d+(?:\.\d+)?{_UNIT}?)+"
+    rf"|{_DATE}(?:[Tt ]{_CLOCK})?Z?|{_CLOCK}Z?"
+)
+_BESIDE = re.compile(
+    rf"{_UNIT}|[+-]|ago|left|[A-Za-z]+/[\w/+-]+|[A-Z]{{2,5}}"
+    r"|(?i:mon|tue|wed|thu|fri|sat|sun)[a-z]*"
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +61,21 @@ class Query:
     priority: str | None = None
     grep: str | None = None
     as_json: bool = False
+
+
+def check(query: Query) -> None:
+    """Raise UsageError for times and priorities that no journalctl would take. Pure.
+
+    A machine's own journalctl says it better; this is for one that does not run.
+    """
+    for text in (query.since, query.until):
+        words = [] if text is None else text.split()
+        known = all(_WHEN.fullmatch(w) or _BESIDE.fullmatch(w) for w in words)
+        if text is not None and not (known and any(map(_WHEN.fullmatch, words))):
+            raise UsageError(f"{text!r} is no time", _REMEDY)
+    for level in (query.priority or "err").split("..", 1):
+        if level not in PRIORITIES and not re.fullmatch("[0-7]", level):
+            raise UsageError(f"{level!r} is no priority: {', '.join(PRIORITIES)}", _REMEDY)
 
 
 def arguments(query: Query, after: str | None = None) -> list[str]:
@@ -158,9 +194,7 @@ def refusal(stderr: str) -> RavectlError:
     """What journalctl said when it would not."""
     said = stderr.strip().splitlines()
     return UsageError(
-        f"the machine's journalctl says: {said[-1] if said else 'nothing, and ended'}",
-        "write times as 'today', '-1h' or '2026-01-31 12:00', priorities as 'err', --grep as a "
-        "regular expression: man journalctl",
+        f"the machine's journalctl says: {said[-1] if said else 'nothing, and ended'}", _REMEDY
     )
 
 

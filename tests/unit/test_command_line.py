@@ -138,6 +138,27 @@ def test_a_damaged_instance_does_not_hide_the_others(stopped: Tool, spoil: str) 
     (bad.folder / "instance.json").unlink()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [("logs", "-S", "foo"), ("logs", "-U", "at noon"), ("logs", "-p", "foo"),
+     ("logs", "-p", "err..foo"), ("console", "--lines", "-5")],
+)  # fmt: skip
+def test_what_cannot_be_asked_of_a_stopped_machine_is_told(
+    stopped: Tool, words: tuple[str, ...]
+) -> None:
+    done = stopped(*words, code=2)
+    assert explained(done)
+    assert done.stdout == ""
+
+
+def test_no_lines_of_a_console_are_none(stopped: Tool) -> None:
+    stopped.instance().console_log.write_text("one\ntwo\n")
+    for words in (("logs", "-n"), ("console", "--lines")):
+        assert stopped(*words, "0").stdout == ""
+        assert stopped(*words, "1").stdout == "two\n"
+    assert stopped("logs", "-n", "all", "-S", "-1h", "-p", "0..4").stdout == "one\ntwo\n"
+
+
 # --- images --------------------------------------------------------------------------------------
 
 

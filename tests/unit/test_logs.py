@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ravectl import feed, logs
+from ravectl.errors import UsageError
 from ravectl.model import EngineName
 from tests.plans import PLAN
 
@@ -76,6 +77,31 @@ def test_journalctl_is_asked_for_what_was_meant() -> None:
 def text(**fields: Any) -> str:
     time = {"__REALTIME_TIMESTAMP": "1762336800000000", "_HOSTNAME": "rave-safe"}
     return logs.text_of({**time, **fields})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["now", "today", "-1h", "+5min", "-1h30min", "2 days ago", "2 hours 3 min ago", "12:00",
+     "@17.5", "2026-01-31 12:00", "2026-01-31T12:00:05.123Z", "Sat 2026-01-31 12:00:00 UTC",
+     "1 week ago", "2026-01-31 12:00 Europe/Berlin", "- 5 min"],
+)  # fmt: skip
+def test_times_that_journalctl_takes_are_times(text: str) -> None:
+    logs.check(logs.Query(since=text, until=text))
+
+
+@pytest.mark.parametrize("text", ["", " ", "foo", "1 foo", "UTC", "ago", "noon", "2026-01", "1;2"])
+def test_what_is_no_time_is_told(text: str) -> None:
+    for query in (logs.Query(since=text), logs.Query(until=text)):
+        with pytest.raises(UsageError, match="is no time"):
+            logs.check(query)
+
+
+@pytest.mark.parametrize("level", ["err", "0", "7", "emerg..err", "3..4"])
+def test_priorities(level: str) -> None:
+    logs.check(logs.Query(priority=level))
+    for bad in (f"{level}..", f"{level}x", f"x..{level}", "8"):
+        with pytest.raises(UsageError, match="is no priority"):
+            logs.check(logs.Query(priority=bad))
 
 
 def test_an_entry_reads_as_journalctl_prints_it() -> None:

@@ -160,8 +160,9 @@ def logs(
         as_json=as_json,
     )  # fmt: skip
     if found.state() is not InstanceState.RUNNING:
+        journal.check(query)
         note(f"{name} is not running; this is the end of its console")
-        print(found.console_tail(query.lines or 10_000))
+        _print_console(found, 10_000 if query.lines is None else query.lines)
         return
     if unit is not None:
         query = replace(query, unit=journal.find_unit(found, unit))
@@ -180,6 +181,11 @@ def _lines(text: str) -> int | None:
     return int(text)
 
 
+def _print_console(found: Instance, lines: int) -> None:
+    if lines:
+        print(found.console_tail(lines))
+
+
 def _put(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
@@ -194,8 +200,10 @@ def console(
     """Show what the machine wrote to its serial console, also after it died."""
     from ravectl.command import find_tool
 
+    if lines < 0:
+        raise UsageError(f"{lines} is not a number of lines", "write one from 0 on: --lines 200")
     found = options.find_instance(workspace, name)
-    print(found.console_tail(lines))
+    _print_console(found, lines)
     if follow:
         argv = [find_tool("tail"), "--lines=0", "--follow=name", str(found.console_log)]
         sys.stdout.flush()
