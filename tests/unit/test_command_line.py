@@ -140,9 +140,8 @@ def test_a_damaged_instance_does_not_hide_the_others(stopped: Tool, spoil: str) 
 
 @pytest.mark.parametrize(
     "words",
-    [("logs", "-S", "foo"), ("logs", "-U", "at noon"), ("logs", "-p", "foo"),
-     ("logs", "-p", "err..foo"), ("console", "--lines", "-5")],
-)  # fmt: skip
+    [("logs", "-p", "foo"), ("logs", "-p", "err..foo"), ("console", "--lines", "-5")],
+)
 def test_what_cannot_be_asked_of_a_stopped_machine_is_told(
     stopped: Tool, words: tuple[str, ...]
 ) -> None:

@@ -79,23 +79,6 @@ def text(**fields: Any) -> str:
     return logs.text_of({**time, **fields})
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["now", "today", "-1h", "+5min", "-1h30min", "2 days ago", "2 hours 3 min ago", "12:00",
-     "@17.5", "2026-01-31 12:00", "2026-01-31T12:00:05.123Z", "Sat 2026-01-31 12:00:00 UTC",
-     "1 week ago", "2026-01-31 12:00 Europe/Berlin", "- 5 min"],
-)  # fmt: skip
-def test_times_that_journalctl_takes_are_times(text: str) -> None:
-    logs.check(logs.Query(since=text, until=text))
-
-
-@pytest.mark.parametrize("text", ["", " ", "foo", "1 foo", "UTC", "ago", "noon", "2026-01", "1;2"])
-def test_what_is_no_time_is_told(text: str) -> None:
-    for query in (logs.Query(since=text), logs.Query(until=text)):
-        with pytest.raises(UsageError, match="is no time"):
-            logs.check(query)
-
-
 @pytest.mark.parametrize("level", ["err", "0", "7", "emerg..err", "3..4"])
 def test_priorities(level: str) -> None:
     logs.check(logs.Query(priority=level))
