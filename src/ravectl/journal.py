@@ -115,9 +115,12 @@ def close(state: Path) -> None:
 
 def log(state: Path, entry: Mapping[str, Any]) -> None:
     """Add a line to the audit log; raises OSError when that cannot be."""
-    fd = os.open(state / AUDIT, os.O_WRONLY | os.O_CREAT | os.O_APPEND, files.PRIVATE_FILE)
-    with os.fdopen(fd, "w") as f:
-        f.write(json.dumps(entry, sort_keys=True) + "\n")
+    fd = os.open(state / AUDIT, os.O_RDWR | os.O_CREAT | os.O_APPEND, files.PRIVATE_FILE)
+    with os.fdopen(fd, "r+b") as f:
+        size = f.seek(0, os.SEEK_END)
+        # one that was cut short (by a full disk) must not swallow this one
+        begun = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
+        f.write(b"\n" * begun + json.dumps(entry, sort_keys=True).encode() + b"\n")
         f.flush()
         os.fsync(f.fileno())
 

@@ -955,7 +955,9 @@ def _extended(over: _Document) -> _Document:
         raise _error(
             over,
             ("extends",),
-            f"there is no profile {_show(base_name)} to extend",
+            f"there is no profile {_show(base_name)} to extend"
+            if isinstance(base_name, str)
+            else f"{_show(base_name)} is not the name of a profile",
             _nearest(base_name, names) or f"extend one of {', '.join(names)}",
         )
     if over.data.get("name") in [n for n in names if n != base_name]:

@@ -325,7 +325,7 @@ def test_extends_suggests_the_nearest(tmp_path: Path, value: str, nearest: str) 
 @pytest.mark.parametrize("value", ["", "[safe]", "{safe: 1}", "3"])
 def test_extends_that_is_no_name(tmp_path: Path, value: str) -> None:
     e = error(tmp_path, f"name: x\nextends: {value}\n")
-    assert ":2: extends: there is no profile" in e.message
+    assert "is not the name of a profile" in e.message
 
 
 def test_memory_promised_twice_names_sum_limit_and_largest(tmp_path: Path) -> None:

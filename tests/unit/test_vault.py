@@ -362,6 +362,9 @@ def test_the_audit_log_survives_a_line_cut_short(space: Workspace) -> None:
     with path.open("ab") as f:
         f.write(b'5\n{"names": null}\n\xff\n{"action": "tw')
     assert journal.history(space.state) == [{"action": "one"}]
+    journal.log(space.state, {"action": "three"})
+    journal.log(space.state, {"action": "four"})
+    assert [r["action"] for r in journal.history(space.state)] == ["one", "three", "four"]
 
 
 # --- check ---------------------------------------------------------------------------------------
