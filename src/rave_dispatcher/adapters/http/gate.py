@@ -130,6 +130,8 @@ class Gate:
             except DispatcherError as e:
                 if isinstance(e, UnauthenticatedError):
                     self._metrics.auth_failed(e.reason)
+                # their frames hold what has come of the body, which nobody counts any more
+                e.__traceback__ = e.__context__ = None
                 await incoming.discard()
                 await problems.of_error(e)(scope, receive, answer)
         except _GoneAwayError:
