@@ -65,7 +65,7 @@ done </proc/mounts
 # have a configuration with keys in it, in a folder that is closed to others. No service can make
 # the search endless by a file that is large, or says it is.
 for on in /run/claude-code-router /run/rave-ingress; do
-  [[ -n $(find "$on" -maxdepth 0 -perm /077) ]] && echo "$on, which is open to others"
+  [[ -n $(find "$on" -maxdepth 0 -perm /007) ]] && echo "$on, which is open to others"
 done
 (
   ulimit -v 400000
