@@ -321,13 +321,7 @@ def collect(*, dry_run: bool, everything: bool = False) -> list[tuple[Path, int]
 
 
 def _unused_images(store: Path) -> list[Path]:
-    used = set()
-    for root in images.roots():
-        instance = Instance(root, root.name)
-        instance.require_no_lost_disk()  # it needs an image, and nobody knows which
-        record = instance.record
-        if record is not None and record.image is not None:
-            used.add(record.image)
+    used = {_image_of(Instance(root, root.name)) for root in images.roots()}
     now = time.time()
     return [
         p
@@ -337,6 +331,19 @@ def _unused_images(store: Path) -> list[Path]:
         and not p.name.startswith("making.")
         and now - p.stat().st_mtime > SPARED_SECONDS
     ]
+
+
+def _image_of(instance: Instance) -> str | None:
+    """The image that an instance needs, which its disk says where its record does not."""
+    try:
+        instance.require_no_lost_disk()
+        record = instance.record
+    except RavectlError as e:
+        try:
+            return images.below(instance.overlay)
+        except RavectlError:
+            raise e from None  # it may need any
+    return record.image if record is not None else None
 
 
 def _unused_bases(folder: Path, everything: bool) -> list[Path]:

@@ -118,11 +118,16 @@ class Background:
 
 @contextlib.contextmanager
 def background(
-    argv: Argv, *, timeout: float = 600.0, cwd: Path | None = None, hint: str = ""
+    argv: Argv,
+    *,
+    timeout: float = 600.0,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    hint: str = "",
 ) -> Iterator[Background]:
     """Run a command beside the block; it does not outlive the block."""
     words = tuple(os.fspath(a) for a in argv)
-    running = Background(words, _start(words, env=None, cwd=cwd, pass_fds=()), timeout, hint)
+    running = Background(words, _start(words, env=env, cwd=cwd, pass_fds=()), timeout, hint)
     try:
         yield running
     finally:

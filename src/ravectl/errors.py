@@ -6,8 +6,10 @@ the CLI. Anything else that escapes is a defect of ravectl and is reported as su
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
+from pathlib import Path
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -53,9 +55,16 @@ def of_file(e: OSError) -> RavectlError | None:
     if not isinstance(e.filename, (str, bytes)) or not e.filename:
         return None
     path = os.fsdecode(e.filename)
+    if isinstance(e, FileNotFoundError) and Path(path).is_relative_to("/proc"):
+        return None  # a process that ended: it was for us to expect
     # a line break in a name must not make two lines of one
     shown = path if path.isprintable() else repr(path)
     why = e.strerror or type(e).__name__
+    if e.errno in (errno.ENOSPC, errno.EDQUOT):
+        folder = shlex.quote(str(Path(path).parent))
+        return HostError(
+            f"cannot write {shown}: {why}", f"make room and do it again: df -h {folder}"
+        )
     return RavectlError(f"cannot use {shown}: {why}", f"ls -ld {shlex.quote(path)}")
 
 

@@ -332,6 +332,18 @@ def filesystem_of(path: Path) -> str:
     return kind
 
 
+def is_there(path: Path) -> bool:
+    """Whether something has this name, be it a link to nothing.
+
+    OSError when nobody can say, which os.path.lexists takes for no.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def size_of(path: Path) -> int:
     """The size of a file in bytes; 0 when it is not there, or not any more."""
     try:

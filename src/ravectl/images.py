@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ravectl import console, files, imagelock, inventory, model, signing, vault
+from ravectl import command, console, files, imagelock, inventory, model, signing, vault
 from ravectl.engines import debian, disk, nix
 from ravectl.errors import RavectlError, UsageError
 from ravectl.model import (
@@ -405,6 +406,25 @@ def require_digest(text: str) -> None:
 def find(digest: str) -> Image:
     """The image addressed by `digest`; RavectlError when the store has none."""
     return load(store_dir() / digest)
+
+
+def below(overlay: Path) -> str | None:
+    """The digest of the image that a disk lies on, None when there is no disk.
+
+    Raises RavectlError when the disk does not say.
+    """
+    if not files.is_there(overlay):
+        return None
+    # -U: QEMU may run on it
+    argv: command.Argv = ["qemu-img", "info", "-U", "-f", "qcow2", "--output=json", overlay]
+    told = json.loads(command.run(argv).stdout)
+    image = Path(told.get("full-backing-filename") or "").parent
+    if image.parent.name != store_dir().name:
+        raise RavectlError(
+            f"{overlay} does not lie on an image of the store",
+            f"see on what: qemu-img info -U {shlex.quote(str(overlay))}",
+        )
+    return image.name
 
 
 # --- who uses them -----------------------------------------------------------------------------

@@ -92,11 +92,11 @@ class Instance:
     @property
     def record(self) -> Record | None:
         """What is remembered; None for a new instance. Raises RavectlError when damaged."""
-        if not os.path.lexists(self._record_file):
+        if not files.is_there(self._record_file):
             return None
         try:
             value = json.loads(self._record_file.read_text())
-        except (ValueError, OSError) as e:
+        except (ValueError, RecursionError, FileNotFoundError, IsADirectoryError) as e:
             raise self._unusable(f"{self._record_file} cannot be read: {e}") from None
         if not isinstance(value, dict) or value.get("form") != FORM:
             uuid = value["uuid"] if _names_a_machine(value) else None
@@ -120,7 +120,7 @@ class Instance:
 
     def require_no_lost_disk(self) -> None:
         """RavectlError when there is a disk, and no record to say whose it is and of what image."""
-        if self.record is None and os.path.lexists(self.overlay):
+        if self.record is None and files.is_there(self.overlay):
             raise self._unusable(
                 f"instance {self.name!r} has a disk, and its record, instance.json, is gone"
             )
@@ -280,7 +280,7 @@ def list_instances(folder: Path) -> list[Instance]:
     if not folder.is_dir():
         return []
     found = [Instance(p, p.name) for p in sorted(folder.iterdir()) if p.is_dir()]
-    return [i for i in found if os.path.lexists(i.folder / "instance.json")]
+    return [i for i in found if files.is_there(i.folder / "instance.json")]
 
 
 def find_process(uuid: str) -> Process | None:
@@ -290,8 +290,13 @@ def find_process(uuid: str) -> Process | None:
 
 def find_process_on(disk: Path) -> Process | None:
     """The QEMU of this user that has `disk`, for when its uuid is not known."""
-    option = os.fsencode(qemu.disk_option(disk) + ",")
-    return _find(lambda words: any(option in word for word in words))
+    real = disk.resolve()
+
+    def holds(words: list[bytes]) -> bool:
+        named = (f for word in words for f in qemu.files_of(os.fsdecode(word)))
+        return any(f.resolve() == real for f in named)
+
+    return _find(holds)
 
 
 def _has_uuid(uuid: str) -> Callable[[list[bytes]], bool]:

@@ -45,7 +45,6 @@ from ravectl.model import (
     SSH_ANNOUNCEMENT,
     SSH_PORT,
     Accelerator,
-    EngineName,
     Image,
     InstanceState,
     Plan,
@@ -140,8 +139,8 @@ def choose_accelerator() -> Accelerator:
 def _prepare(instance: Instance, plan: Plan, get_image: Callable[[], Image]) -> Image:
     """The image of the instance, with an overlay on it."""
     instance.require_no_lost_disk()
-    record = instance.record or new_record(plan, EngineName.DEBIAN)
-    if record.image is not None and instance.overlay.exists():
+    record = instance.record
+    if record is not None and record.image is not None and instance.overlay.exists():
         if record.plan != plan.on(record.engine):
             console.warn(
                 f"instance {instance.name!r} keeps the machine that it was made from; the profile "
@@ -152,7 +151,9 @@ def _prepare(instance: Instance, plan: Plan, get_image: Callable[[], Image]) -> 
     else:
         image = get_image()
         signing.verify(instance.workspace, image)
-        instance.save(record)  # before the disk: one without a record may be somebody's work
+        record = replace(record or new_record(plan, image.engine), image=None)
+        # before the disk: one without a record, or under an older one, may be somebody's work
+        instance.save(record)
         instance.overlay.unlink(missing_ok=True)
         _make_overlay(instance.overlay, image)
         record = Record(

@@ -71,7 +71,7 @@ def arguments(launch: Launch) -> list[str]:
         "-initrd", str(launch.initrd),
         "-append", launch.cmdline,
         "-blockdev",
-        f"driver=file,node-name=file0,{disk_option(launch.overlay)},discard=unmap",
+        f"driver=file,node-name=file0,filename={_quoted(launch.overlay)},discard=unmap",
         "-blockdev", "driver=qcow2,node-name=disk0,file=file0,discard=unmap",
         "-device", "virtio-blk-pci,drive=disk0",
         "-netdev", _uplink(launch),
@@ -137,9 +137,10 @@ def credential_name(secret: str) -> str:
     return f"rave.{secret.replace('/', '.')}"
 
 
-def disk_option(overlay: Path) -> str:
-    """What QEMU's command line has of the disk that it writes to."""
-    return f"filename={_quoted(overlay)}"
+def files_of(word: str) -> list[Path]:
+    """The files that an option list of QEMU's command line names."""
+    found = re.findall(r"(?:^|,)filename=((?:[^,]|,,)+)", word)
+    return [Path(text.replace(",,", ",")) for text in found]
 
 
 def _quoted(path: Path) -> str:

@@ -288,17 +288,25 @@ def _damaged(where: Path, why: str) -> RavectlError:
     return RavectlError(f"{where} cannot be opened: {why}", take_back(where))
 
 
-def take_back(where: Path) -> str:
-    """The remedy for a secrets file that is damaged or gone, by whose it is."""
-    if ".rave" in where.parts:
-        return (
-            "a machine's own secrets are made anew, with another host key and certificate: "
-            f"rm -f {shlex.quote(str(where))}, then ravectl down and ravectl up"
-        )
+def take_back(where: Path, *, gone: bool = False) -> str:
+    """The remedy for a secrets file that is damaged, or gone, by whose it is."""
     folder, name = shlex.quote(str(where.parent)), shlex.quote(where.name)
+    # by the whole place: a workspace may itself lie below some folder .rave
+    match where.parts:
+        case [*_, ".rave", "instances", _, _]:
+            return (
+                "a machine's own secrets are made anew, with another host key and certificate: "
+                f"rm -f {shlex.quote(str(where))}, then ravectl down and ravectl up"
+            )
+        case [*_, ".rave", "rotation", _]:
+            return (
+                f"a change of the secrets was under way; keep the old ones: rm -r {folder}; then, "
+                "for each machine that runs: ravectl down; ravectl up"
+            )
+    never = "; if there never was one: ravectl init" if gone else ""
     return (
         f"take back the last good one: git -C {folder} checkout -- {name} (values that were "
-        "changed since are lost), or a backup"
+        f"changed since are lost), or a backup{never}"
     )
 
 

@@ -183,12 +183,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_text()
     except FileNotFoundError:
-        raise RavectlError(
-            f"there is no {path}",
-            sops.take_back(path)
-            if ".rave" in path.parts
-            else f"{sops.take_back(path)}; if there never was one: ravectl init",
-        ) from None
+        raise RavectlError(f"there is no {path}", sops.take_back(path, gone=True)) from None
     except (OSError, UnicodeDecodeError) as e:
         reason = (getattr(e, "strerror", None) or "it is not text").lower()
         raise RavectlError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ravectl import files, signing, sops, workspace
+from ravectl import errors, files, signing, sops, workspace
 from ravectl.errors import HostError, RavectlError, UsageError
 
 
@@ -49,6 +50,28 @@ def test_no_space_for_what_is_printed_is_no_defect() -> None:
     assert done.stderr.startswith("error: what this prints cannot be written: No space left")
     assert "fix: " in done.stderr
     assert "Exception" not in done.stderr
+
+
+def test_what_the_system_says_of_a_file_has_a_remedy(tmp_path: Path) -> None:
+    full = errors.of_file(OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "f")))
+    assert full is not None
+    assert full.hint.endswith(f"df -h {tmp_path}")
+    closed = errors.of_file(PermissionError(errno.EACCES, "Permission denied", str(tmp_path)))
+    assert closed is not None
+    assert closed.hint == f"ls -ld {tmp_path}"
+    ended = FileNotFoundError(errno.ENOENT, "No such file or directory", "/proc/5/stat")
+    assert errors.of_file(ended) is None, "a defect of ours, which no person mends"
+
+
+def test_what_nobody_can_look_at_is_not_taken_for_absent(tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 300)
+    with pytest.raises(OSError, match="too long"):
+        files.is_there(long)
+    (tmp_path / "link").symlink_to("nothing")
+    assert files.is_there(tmp_path / "link")
+    assert not files.is_there(tmp_path / "link" / "below")
+    (tmp_path / "file").touch()
+    assert not files.is_there(tmp_path / "file" / "below")
 
 
 def test_a_home_that_nobody_has_is_a_plain_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,13 +104,30 @@ def test_gc_forgets_instances_that_are_gone(store: Path, plan: Plan, tmp_path: P
     assert images.roots() == []
 
 
-def test_gc_keeps_all_when_a_record_cannot_be_read(store: Path, plan: Plan, tmp_path: Path) -> None:
-    used = put(store, "a" * 16, plan)
+@pytest.mark.parametrize("record", ["{", '{"form": "99"}', None])
+def test_gc_asks_the_disk_where_the_record_cannot_say(
+    store: Path, plan: Plan, tmp_path: Path, record: str | None
+) -> None:
+    """So that one machine of another ravectl's does not let the store grow for ever."""
+    used, unused = put(store, "a" * 16, plan), put(store, "b" * 16, plan)
     found = use("a" * 16, tmp_path / "elsewhere" / "default", plan)
-    (found.folder / "instance.json").write_text("{")
-    with pytest.raises(RavectlError):
+    subprocess.run(
+        ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", "qcow2",
+         "-b", used / "disk.qcow2", found.overlay, "1M"],
+        check=True,
+    )  # fmt: skip
+    (found.folder / "instance.json").unlink()
+    if record is not None:
+        (found.folder / "instance.json").write_text(record)
+    building.collect(dry_run=False)
+    assert (used.exists(), unused.exists()) == (True, False)
+    with found.overlay.open("r+b") as f:
+        f.write(b"another")
+    unused.mkdir()
+    os.utime(unused, (0, 0))
+    with pytest.raises(RavectlError, match="default"):
         building.collect(dry_run=False)
-    assert used.exists()
+    assert unused.exists(), "nobody knows which image the disk needs"
 
 
 def test_a_copy_is_whole_or_not_there(store: Path, plan: Plan, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ravectl import building, images, instance, lifecycle, profile, qemu
+from ravectl import building, images, instance, lifecycle, profile
 from ravectl.errors import RavectlError
 from ravectl.instance import Instance
 from ravectl.model import EngineName, InstanceState
@@ -72,7 +72,10 @@ def test_a_qemu_that_runs_on_a_disk_is_found_without_its_uuid(
     program = tmp_path / "qemu-system-x86_64"
     program.symlink_to(sys.executable)
     script = "import time; print(flush=True); time.sleep(60)"
-    option = f"driver=file,node-name=file0,{qemu.disk_option(found.overlay)},discard=unmap"
+    link = tmp_path / "by, another name"
+    link.symlink_to(found.folder)
+    named = str(link / found.overlay.name).replace(",", ",,")
+    option = f"driver=file,node-name=file0,filename={named},discard=unmap"
     with subprocess.Popen([program, "-c", script, option], stdout=subprocess.PIPE) as ours:
         assert ours.stdout is not None
         ours.stdout.readline()

@@ -84,6 +84,22 @@ def test_what_is_not_by_sops_is_told(keys: list[tuple[Identity, str]], text: str
     assert "checkout -- secrets.yaml" in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("place", "remedy"),
+    [("space/secrets.yaml", "git -C /home/of/space checkout -- secrets.yaml"),
+     # a workspace below a folder of that name keeps its own all the same
+     (".rave/space/secrets.yaml", "git -C /home/of/.rave/space checkout -- secrets.yaml"),
+     ("space/.rave/instances/default/secrets.yaml",
+      "rm -f /home/of/space/.rave/instances/default/secrets.yaml, then ravectl down"),
+     ("space/.rave/rotation/secrets.yaml",
+      "keep the old ones: rm -r /home/of/space/.rave/rotation;")],
+)  # fmt: skip
+def test_the_remedy_for_a_damaged_file_is_by_its_place(place: str, remedy: str) -> None:
+    told = sops.take_back(Path("/home/of") / place)
+    assert remedy in told
+    assert ("rm " in told) == (".rave/instances/" in place or ".rave/rotation/" in place)
+
+
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

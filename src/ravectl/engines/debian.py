@@ -566,6 +566,7 @@ def _fetching_wheels(into: Path) -> contextlib.AbstractContextManager[command.Ba
          "--no-deps", "--only-binary=:all:", "--require-hashes", *WHEEL_TAGS,
          "--dest", into, "--requirement", files.find_data(WHEELS_LOCK)],
         cwd=into,
+        env={**os.environ, "TMPDIR": str(into)},  # one that is killed leaves its folders there
         timeout=NPM_SECONDS,
         hint="check that pip reaches its index: python -m pip download --no-deps uvicorn",
     )  # fmt: skip
