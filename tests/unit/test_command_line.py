@@ -123,6 +123,9 @@ def test_a_damaged_instance_does_not_hide_the_others(stopped: Tool, spoil: str) 
         bad.save(stopped.instance().require_record())
         bad.console_log.mkdir()
     done = stopped("status", "--json", code=1)
+    assert json.loads(stopped("status", "--name", "bad", "--json", code=1).stdout) == [
+        json.loads(done.stdout)[0]
+    ]
     damaged, good = json.loads(done.stdout)
     assert (good["name"], good["state"]) == ("default", "stopped")
     assert damaged["state"] == "damaged"

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +24,7 @@ import pytest
 from ravectl import profile
 from ravectl.model import EngineName
 from ravectl.plan import DASHBOARDS, make_plan
-from ravectl.verify import CHECKS, Check, Judgement, Subject
+from ravectl.verify import CHECKS, Check, Judgement, Subject, integrity
 from ravectl.verify.hardening import mount_faults
 from ravectl.verify.http import nearest_rank
 from ravectl.verify.service import boot_offset
@@ -855,6 +859,11 @@ BROKEN = (
            "nginx.service is held to unconfined"),
     Broken("X5", "a service has no process", regex(r"(?m)^vibe-kanban.service rave-kanban.*\n", ""),
            "vibe-kanban.service is held to nothing"),
+    Broken("X5", "a place to search is gone",
+           swap("== setuid ==\n", "== setuid ==\nfind: '/': No such file or directory\n"),
+           "find: '/': No such file or directory"),
+    Broken("X5", "a place of NixOS' on Debian",
+           within("capable", "/run/wrappers/x cap_setuid=ep"), "/run/wrappers/x has cap_setuid=ep"),
     Broken("X5", "a program has a capability", within("capable", "/var/lib/x cap_setuid=ep"),
            "/var/lib/x has cap_setuid=ep"),
     Broken("X5", "capabilities cannot be asked for",
@@ -927,6 +936,9 @@ BROKEN = (
            "each service gets LD_PRELOAD="),
     Broken("X7", "nginx read another configuration",
            regex(r"(?m)^changed \d+", "changed 9999999999"), "was changed after nginx had read it"),
+    Broken("X7", "nginx does not run, and a file is another",
+           chain(every(r"(?m)^process .*\n"), file("/etc/fstab", content="0" * 64)),
+           "nginx does not run, so nobody knows what it has read"),
     Broken("X7", "what is generated was added to", within("ingress", "another"),
            "router-key.conf is not as ingress-config makes it"),
 )  # fmt: skip
@@ -983,7 +995,10 @@ UNREADABLE = (
     ("H4", "times that are no times", put({"route": "kanban"}, ms=[float("nan")] * 500)),
     ("X4", "the search was not made", without("places")),
     ("X1", "nobody knows when it was read", regex(r"(?m)^read .*\n", "")),
+    ("X1", "it was read at no time", regex(r"(?m)^read .*", "read nan")),
     ("X7", "nobody knows when nginx read", regex(r"(?m)^booted .*\n", "")),
+    ("X7", "it was started at no time", regex(r"(?m)^booted \S+", "booted 1.2.3")),
+    ("X5", "the states of units are not known", without("states")),
     ("X4", "lists were not looked for", without("lists")),
     ("X4", "the mount is not known",
      chain(without("mount"), swap("== swap", "== mount ==\n== swap"))),
@@ -1126,6 +1141,41 @@ def test_a_unit_restarted_after_the_boot_started_when_it_first_did() -> None:
 def test_what_is_as_in_the_image_is_no_fault(change: Change) -> None:
     found = judge(BY_ID["X7"], change(recorded(BY_ID["X7"])))
     assert found.ok, found.seen
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        chain(within("confined", "nginx.service unconfined"),
+              swap("nginx.service active", "nginx.service reloading")),
+        within("capable", "/usr/bin/a b (No such file or directory)"),
+        within("setuid", "find: '/usr/bin/it's': No such file or directory"),
+    ],
+    ids=["a unit that reloads", "a program that went", "a file that went"],
+)  # fmt: skip
+def test_what_changes_while_it_is_looked_at_is_no_fault(change: Change) -> None:
+    found = judge(BY_ID["X5"], change(recorded(BY_ID["X5"])))
+    assert found.ok, found.seen
+
+
+def test_a_folder_with_an_access_list_has_what_it_holds(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    (folder / "inner").mkdir(parents=True)
+    # linux/posix_acl_xattr.h: version 2; user, user 1000, group, mask and others, each by its tag,
+    # what it may do and whom it names
+    no = 0xFFFFFFFF
+    entries = [(1, 7, no), (2, 7, 1000), (4, 5, no), (16, 7, no), (32, 5, no)]
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *e) for e in entries)
+    os.setxattr(folder, "system.posix_acl_access", acl)
+    done = subprocess.run(
+        [sys.executable, "-IB", "-c", integrity._DESCRIBE],
+        input=f"{folder}\0{tmp_path}/none\0", capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    row, count = map(json.loads, done.stdout.splitlines())
+    assert (row[:2], row[6:], count) == ([str(folder), "dir"], ["acl", ["inner"]], 1)
+    assert integrity.file_faults([row], [[*row[:6], "", ["inner"]]], ()) == [
+        f"{folder} has an access control list"
+    ]
 
 
 STORE = """\

@@ -152,10 +152,11 @@ def status(
     if watch:
         _watch(_the_one(space, workspace, name), interval, as_json=as_json)
         return
-    if name is None:
-        found = list_instances(space.instances_dir)
-    else:
-        found = [options.find_instance(workspace, name)]
+    found = list_instances(space.instances_dir)
+    if name is not None:
+        # also one that is damaged has its row; one that is not there is told
+        named = [i for i in found if i.name == name]
+        found = named or [options.find_instance(workspace, name)]
     rows, faults = _rows(found)
     if as_json:
         options.print_json(rows)

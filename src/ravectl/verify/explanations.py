@@ -150,7 +150,7 @@ EXPLANATIONS: Final[Mapping[str, Explanation]] = {
         "sshd -T of the daemon that listens, the algorithms of its own key exchange, a password "
         "and root tried from outside",
         "sshd lets in more than it should, or in a weaker way",
-        "mend sshd's configuration, then ravectl build and ravectl up",
+        "undo it and reload sshd, or get the image's own disk: ravectl reset",
     ),
     "X2": Explanation(
         "nothing but 22 and 3002 can be reached; every listener is the Plan's, and of the unit "

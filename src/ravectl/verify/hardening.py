@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from ravectl.model import AUDIT_A_SECOND, EngineName, Suite
 from ravectl.verify import guest
@@ -58,11 +58,15 @@ fi
 echo '== searched =='
 printf '%%s\\n' "${places[@]}"
 echo '== confined =='
-for unit in %(confined)s; do
+units=(%(confined)s)
+for unit in "${units[@]}"; do
   while IFS= read -r pid; do
     IFS= read -r profile <"/proc/$pid/attr/apparmor/current" && echo "$unit $profile"
   done <"/sys/fs/cgroup/system.slice/$unit/cgroup.procs"
 done 2>/dev/null
+echo '== states =='
+mapfile -t states < <(systemctl is-active -- "${units[@]}")
+for i in "${!units[@]}"; do echo "${units[i]} ${states[i]}"; done
 echo '== policy =='
 sha256sum /usr/lib/rave/apparmor.bin 2>&1
 for profile in /sys/kernel/security/apparmor/policy/profiles/*; do
@@ -110,6 +114,7 @@ def judge_kernel(subject: Subject, output: str) -> Judgement:
             "capable",
             "searched",
             "confined",
+            "states",
             "policy",
             "audited",
         }
@@ -117,7 +122,8 @@ def judge_kernel(subject: Subject, output: str) -> Judgement:
     ):
         return unreadable(expected, "the answer about the kernel is incomplete")
     mounts = _mount_options(parts["mounts"])
-    if "/" not in mounts or "/" not in parts["searched"].splitlines():
+    places = parts["searched"].splitlines()
+    if "/" not in mounts or "/" not in places:
         return unreadable(expected, "the machine does not say what is mounted")
     faults = sysctl_faults(settings, parts["sysctls"])
     faults += (
@@ -129,12 +135,12 @@ def judge_kernel(subject: Subject, output: str) -> Judgement:
     faults += mount_faults(wanted.mounts, mounts, setuid)
     faults += [
         f"{line} is setuid or setgid" if line.startswith("/") else line
-        for line in parts["setuid"].splitlines()
+        for line in _still_there(parts["setuid"], places)
         if _WRAPPERS.sub("/run/wrappers/bin/", line) not in setuid
     ]
-    faults += capability_faults(parts["capable"], subject.engine)
+    faults += capability_faults(_still_there(parts["capable"], places), subject.engine)
     profiles = {subject.units()[name]: profile for name, profile in wanted.profiles.items()}
-    faults += confinement_faults(profiles, parts["confined"])
+    faults += confinement_faults(profiles, parts["confined"], parts["states"])
     faults += audit_faults(wanted.audit[subject.engine], parts["audited"])
     return judged(expected, "all as planned", faults, _REBUILD)
 
@@ -152,24 +158,39 @@ def sysctl_faults(settings: Mapping[str, str], text: str) -> list[str]:
     ]
 
 
-def capability_faults(text: str, engine: EngineName) -> list[str]:
+def _still_there(text: str, places: Iterable[str]) -> list[str]:
+    """Lines without those about a file that went while it was looked at; not a place as a whole."""
+    gone = re.compile(r"(?:find: '(.*)': |(/.*) \()No such file or directory\)?")
+    known = set(places)
+    matches = ((line, gone.fullmatch(line)) for line in text.splitlines())
+    return [line for line, m in matches if not m or (m[1] or m[2]) in known]
+
+
+def capability_faults(lines: Sequence[str], engine: EngineName) -> list[str]:
     """Programs with capabilities of their own: no image has any, but for NixOS' wrappers."""
-    lines = text.splitlines()
-    if lines == ["no getcap"]:
-        return [] if engine is EngineName.NIX else ["capabilities of files cannot be asked for"]
+    nix = engine is EngineName.NIX
+    if list(lines) == ["no getcap"]:
+        return [] if nix else ["capabilities of files cannot be asked for"]
     # "=" alone: an attribute that gives none
-    having = [x for x in lines if not x.startswith("/run/wrappers/") and not x.endswith(" =")]
+    having = [x for x in lines if not x.endswith(" =")]
+    having = [x for x in having if not (nix and x.startswith("/run/wrappers/"))]
     return [f"{path} has {what}" for path, _, what in (x.rpartition(" ") for x in having)]
 
 
-def confinement_faults(profiles: Mapping[str, str], text: str) -> list[str]:
-    """Which units, of those that `profiles` has one for, have a process that it does not hold."""
+def confinement_faults(profiles: Mapping[str, str], text: str, states: str) -> list[str]:
+    """Which units, of those that `profiles` has one for, have a process that it does not hold.
+
+    Not units that start or reload: what systemd runs for that as root is among their processes.
+    """
     found: dict[str, set[str]] = {}
+    state = dict(line.partition(" ")[::2] for line in states.splitlines())
     for line in text.splitlines():
         unit, _, profile = line.partition(" ")
         found.setdefault(unit, set()).add(profile)
     faults = []
     for unit, profile in profiles.items():
+        if state.get(unit) in ("activating", "reloading"):
+            continue
         others = found.get(unit, {"nothing"}) - {f"{profile} (enforce)"}
         faults += [f"{unit} is held to {o}, not to AppArmor's {profile}" for o in sorted(others)]
     return faults

@@ -35,7 +35,7 @@ SCRIPT = """\
 echo '== files =='
 find -L %(files)s/ -type f -printf '%%P %%u %%g %%m\\n'
 echo '== lists =='
-ls -lnR %(files)s/ | grep -E '^[^ ]{10}[+]'
+ls -lnaR %(files)s/ | grep -E '^[^ ]{10}[+]'
 echo '== mount =='
 here=$(readlink -f %(files)s)
 while read -r _ on kind options _; do
@@ -65,7 +65,7 @@ done </proc/mounts
 # have a configuration with keys in it, in a folder that is closed to others. No service can make
 # the search endless by a file that is large, or says it is.
 for on in /run/claude-code-router /run/rave-ingress; do
-  [[ -n $(find "$on" -maxdepth 0 -perm /007) ]] && echo "$on, which is open to others"
+  [[ ! -e $on || $(ls -lnd "$on") == d??????---[.\\ ]* ]] || echo "$on, which is open to others"
 done
 (
   ulimit -v 400000

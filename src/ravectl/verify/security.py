@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -140,7 +141,7 @@ if [[ $listeners =~ $daemon ]]; then
   echo '== loaded =='
   # it writes its number anew each time that it has read its configuration
   stat -c 'read %%.9Y' /run/sshd.pid
-  stat -c 'changed %%.9Z' "${file[1]:-/etc/ssh/sshd_config}"
+  stat -L -c 'changed %%.9Z' "${file[1]:-/etc/ssh/sshd_config}"
   printf 'words %%s\n' "${words[*]}"
 fi
 """
@@ -211,7 +212,8 @@ def judge_sshd(subject: Subject, output: str) -> Judgement:
         expected,
         "so configured and so offered; a password and root were refused, the key let in",
         faults,
-        "mend sshd's configuration in the rendered tree, then: ravectl build, ravectl up",
+        f"undo it, then ravectl exec -- sudo systemctl reload {subject.units()['ssh']}; or get the "
+        "image's own disk: ravectl reset",
     )
 
 
@@ -224,6 +226,8 @@ def loading_faults(text: str) -> list[str] | None:
     try:
         read, changed = float(said["read"]), float(said["changed"])
     except (KeyError, ValueError):
+        return None
+    if not (math.isfinite(read) and math.isfinite(changed)):
         return None
     faults = ["sshd's configuration was changed after it was read"] if changed > read else []
     if re.search(r"\s-\w*o", said.get("words", "")):
