@@ -107,6 +107,18 @@ def alerted(tool: Tool, names: set[str], since: float, seconds: float) -> str:
         time.sleep(3)
 
 
+def wait_for_figures(machine: Tool, query: str, seconds: float, *, wanted: bool = True) -> None:
+    """Until Prometheus has what is asked for; with `wanted` False, until it has none of it."""
+    asked = ("curl", "-sSG", "http://127.0.0.1:9090/api/v1/query", "--data-urlencode")
+    end = time.monotonic() + seconds
+    while True:
+        said = machine("exec", "--", *asked, f"query={query}").stdout
+        if bool(json.loads(said)["data"]["result"]) is wanted:
+            return
+        assert time.monotonic() < end, said
+        time.sleep(2)
+
+
 def stamp(moment: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment))
 
@@ -165,6 +177,22 @@ def test_a_disk_filler(shell: Tool) -> None:
         alerted(shell, {"DiskFilling"}, since, 200)
     finally:
         root(shell, "rm -rf /home/agent/tasks/*")
+
+
+def test_a_burst_of_strangers_is_told(machine: Tool) -> None:
+    """Also when they are the first to be refused there: no series begins with them."""
+    # what is told already is not told again, and who was refused before counts for 5 minutes: most
+    # of them went by in the tests above
+    wait_for_figures(machine, "ALERTS{alertname='AuthFailures'}", 400, wanted=False)
+    # two scrapes after a start
+    wait_for_figures(machine, "rave_http_requests_total{route='kanban-host'}", 60)
+    port, ca = machine.instance().endpoint().https_port, machine.workspace / ".rave/ca/ca.crt"
+    since = time.time()
+    end = time.monotonic() + 30
+    with web.Client(port, "kanban.localhost", web.trusting(ca), end) as client:
+        assert [client.get("/", {}).status for _ in range(30)] == [401] * 30
+    assert time.time() - since < 8, "they come between two scrapes"
+    alerted(machine, {"AuthFailures"}, since, 60)
 
 
 def test_the_clock_comes_right_after_the_host_slept(machine: Tool) -> None:
