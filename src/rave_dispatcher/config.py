@@ -211,11 +211,18 @@ class Config(_Part):
             raise ValueError(f"rule {min(twice)!r} is there twice")
         return value
 
+    def has_rule(self, name: str) -> bool:
+        """Whether there is a rule of this name."""
+        return any(r.name == name for r in self.rules)
+
     def agent(self, agent_type: str, rule: str | None) -> Agent | None:
         """What does a task of a type that a rule made (None: that a person made); None: nothing.
 
-        A rule's own command replaces that of the type, whose limits stay.
+        A rule's own command replaces that of the type, whose limits stay. Of a rule that is gone
+        the command is not known: that of the type was not meant for its prompt.
         """
+        if rule is not None and not self.has_rule(rule):
+            return None
         found = self.agents.get(AgentType(agent_type)) if agent_type in set(AgentType) else None
         own = next((r.command for r in self.rules if r.name == rule), None)
         if own is None:

@@ -200,9 +200,12 @@ def _export(arguments: argparse.Namespace) -> int:
     from rave_dispatcher.adapters.store import maintenance  # noqa: PLC0415
 
     path = _existing(arguments.store or load(arguments.config).store.path)
-    for line in maintenance.export(path, int(arguments.since * 1000)):
+    skipped: list[str] = []
+    for line in maintenance.export(path, int(arguments.since * 1000), skipped.append):
         print(line)
-    return 0
+    for what in skipped:
+        print(f"rave-dispatcher: {what}", file=sys.stderr)
+    return EXIT_CORRUPT if skipped else 0
 
 
 def _backup(arguments: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from rave_dispatcher import __version__
-from rave_dispatcher.adapters.clock import SystemChance, SystemClock
+from rave_dispatcher.adapters.clock import BelievedClock, SystemChance, SystemClock
 from rave_dispatcher.adapters.deadline import CpuDeadline
 from rave_dispatcher.adapters.http.api import Services, make_app, receive_webhook
 from rave_dispatcher.adapters.http.gate import App, Gate, Receive, Scope, Send
@@ -66,6 +66,7 @@ class Service:
     secrets: SecretFiles
     log: JsonLog
     clock: SystemClock
+    believed: BelievedClock
     rules_wake: asyncio.Event = field(default_factory=asyncio.Event)
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -73,11 +74,12 @@ class Service:
     async def start(cls, config: Config, notifier: Notifier) -> Service:
         """Open the store and make the parts. Raises CorruptStoreError, DispatcherError."""
         store = await EventStore.open(config.store.path, int(config.store.reserve_mb * 2**20))
+        clock = SystemClock()
         service = cls(
             config=config, notifier=notifier, store=store,
             provider=make_provider(store.post_spans, config.tracing.otlp_endpoint),
             metrics=Metrics(), secrets=SecretFiles(config.secrets_dir), log=JsonLog(),
-            clock=SystemClock(),
+            clock=clock, believed=BelievedClock(clock),
         )  # fmt: skip
         service._wire()
         taken_back = await service.executor.recover()
@@ -176,8 +178,11 @@ class Service:
         if sockets.console:
             serving.append(asyncio.create_task(self.console_server.serve(sockets.console)))
         ready = asyncio.create_task(self._say_ready())
+        stopping = asyncio.create_task(self.stopping.wait())
         try:
-            await asyncio.wait([*serving, *parts], return_when=asyncio.FIRST_COMPLETED)
+            # tasks are given back at once, not after the last answer: their units may be ended, too
+            ends = [*serving, *parts, stopping]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             failed = [p for p in parts if p.done()]
             for part in failed:
                 error = None if part.cancelled() else part.exception()
@@ -188,6 +193,7 @@ class Service:
         finally:
             self.stop()
             ready.cancel()
+            stopping.cancel()
             for part in parts:
                 part.cancel()
             await asyncio.wait([*serving, *parts], timeout=DRAIN_SECONDS + 2)
@@ -249,14 +255,17 @@ class Service:
         self.metrics.corrupt.set(1 if self.store.writer.corrupt else 0)
 
     async def _prune(self) -> None:
-        # somebody who sets the clock ahead must not have all deleted
-        now = min(self.clock.wall_ms(), self.clock.steady_ms())
-        before = now - int(self.config.store.retention_days * 86_400_000)
+        before = self.believed.now_ms() - int(self.config.store.retention_days * 86_400_000)
         deleted = await maintenance.prune(self.store.writer, before)
         self.log.info("old events were deleted", rows=deleted)
 
     async def _check(self) -> None:
-        found = await asyncio.to_thread(maintenance.check_all, self.store.path)
+        checker = maintenance.Checker(self.store.path)
+        try:
+            found = await asyncio.to_thread(checker.run)
+        except asyncio.CancelledError:
+            checker.stop()
+            raise
         if found is not None:
             self.store.writer.corrupt = found
             self.log.error(connection.RESTORE.format(path=self.store.path, why=found))

@@ -20,7 +20,7 @@ import pytest
 
 from rave_dispatcher.adapters.runners import launcher
 from rave_dispatcher.adapters.runners.systemd import SystemdRunner
-from rave_dispatcher.application.ports import Job, Ran
+from rave_dispatcher.application.ports import Job, Ran, RunnerUnavailableError
 from rave_dispatcher.config import Agent, Config, RunnerConfig
 from rave_dispatcher.domain.events import Trace
 from rave_dispatcher.domain.tasks import AgentType, Outcome
@@ -179,6 +179,25 @@ def test_a_failure_comes_back_with_all_of_its_output(listening: Path) -> None:
     assert output == b"\0" * 300_000
 
 
+def test_a_launcher_that_cannot_begin_is_told_apart(tmp_path: Path) -> None:
+    """No task could be run then, and none is at fault."""
+    with pytest.raises(RunnerUnavailableError, match="cannot be reached: No such file"):
+        run(tmp_path / "none.sock", AgentType.AI_ENGINEER)
+    path = tmp_path / "launcher.sock"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+
+        def hang_up() -> None:  # as systemd does when the launcher's unit cannot start
+            connection, _ = server.accept()
+            connection.recv(65536)
+            connection.close()
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        with pytest.raises(RunnerUnavailableError, match="ended without a word"):
+            run(path, AgentType.AI_ENGINEER)
+
+
 def test_hanging_up_ends_the_task(listening: Path) -> None:
     run(listening, AgentType.AI_ENGINEER, cancel_at=b"begun\n")
     end = time.monotonic() + 10
@@ -199,13 +218,6 @@ def _is_sleep(path: Path) -> bool:
         return path.read_bytes() == b"sleep\x00545\x00"
     except OSError:
         return False
-
-
-def test_without_a_launcher_a_task_is_not_started(tmp_path: Path) -> None:
-    ran, _ = run(tmp_path / "nothing.sock", AgentType.AI_ENGINEER)
-    assert ran is not None
-    assert ran.outcome is Outcome.NOT_STARTED
-    assert "cannot be reached" in ran.detail
 
 
 def test_the_next_attempt_waits_until_the_former_is_gone(

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rave_dispatcher.adapters import logs
+from rave_dispatcher.adapters.clock import BelievedClock
 from rave_dispatcher.adapters.http.api import alert_identity
 from rave_dispatcher.adapters.http.limits import CLIENTS, RateLimiter
 from rave_dispatcher.adapters.http.versions import ApiVersion, version_of
@@ -45,6 +46,7 @@ from rave_dispatcher.domain.tasks import Outcome
 from tests.dispatcher import github, standard
 
 NOW = 1_700_000_000.0
+HOUR_MS = 3_600_000
 BODY = b'{"a": 1}'
 SOURCES = {s: Source(scheme=s, secret=s) for s in ("gitlab", "github", "standard")}  # type: ignore[arg-type]
 
@@ -151,6 +153,9 @@ def test_a_timestamp_is_a_number(stamp: str) -> None:
 def test_gitlab_that_signs_is_held_to_its_signature() -> None:
     signed = {**standard(BODY, "i", NOW, b"s"), "X-Gitlab-Event": "Push Hook"}
     found = verify("gitlab", signed, b"s")
+    # what is not signed names no delivery: who saw one could send it as many
+    other = verify("gitlab", {**signed, "Idempotency-Key": "another"}, b"s")
+    assert other.delivery_id == found.delivery_id == signed["webhook-id"]
     assert (found.delivery_id, found.event_type) == ("i", "Push Hook")
     # the token cannot stand in for a signature that is wrong
     wrong = {**signed, "webhook-signature": "v1,AAAA", "X-Gitlab-Token": "s"}
@@ -161,6 +166,8 @@ def test_gitlab_that_signs_is_held_to_its_signature() -> None:
 def test_gitlabs_delivery_ids() -> None:
     base = {"X-Gitlab-Token": "s", "X-Gitlab-Event": "e", "X-Gitlab-Event-UUID": "u"}
     assert verify("gitlab", {**base, "Idempotency-Key": "k"}, b"s").delivery_id == "k"
+    empty = {**base, "Idempotency-Key": "", "webhook-id": "w"}
+    assert verify("gitlab", empty, b"s").delivery_id == "w"
     first = verify("gitlab", base, b"s").delivery_id
     assert verify("gitlab", base, b"s").delivery_id == first
     assert verify("gitlab", base, b"s", body=b"{}").delivery_id != first
@@ -324,6 +331,8 @@ def shown(**changes: str) -> dict[str, str]:
             "signal 11",
         ),
         ({"Result": "timeout"}, Outcome.TIMED_OUT, "longer"),
+        # by a person, and systemd knows no such unit any more
+        ({"ActiveState": "inactive", "SubState": "dead"}, Outcome.ERROR, "its unit was stopped"),
         ({"Result": "oom-kill"}, Outcome.OUT_OF_MEMORY, "memory"),
         ({"Result": "exit-code", "ExecMainStatus": "203"}, Outcome.NOT_STARTED, "could not be run"),
     ],
@@ -353,6 +362,30 @@ def test_figures_that_systemd_does_not_know_are_not_guessed() -> None:
 )  # fmt: skip
 def test_when_a_unit_is_over(active: str, sub: str, over: bool) -> None:
     assert is_over(shown(ActiveState=active, SubState=sub)) is over
+
+
+def test_a_sleeping_host_is_believed_and_a_clock_set_ahead_is_not() -> None:
+    class Clock:
+        wall = steady = 1_700_000_000_000
+
+        def wall_ms(self) -> int:
+            return self.wall
+
+        def steady_ms(self) -> int:
+            return self.steady
+
+    clock = Clock()
+    believed = BelievedClock(clock)
+    for _ in range(10):  # it runs for eight hours, and its host sleeps for sixteen
+        clock.steady += 8 * HOUR_MS
+        clock.wall += 24 * HOUR_MS
+        assert believed.now_ms() == clock.wall
+    clock.wall += 365 * 24 * HOUR_MS
+    at = believed.now_ms()
+    assert at == clock.wall - 365 * 24 * HOUR_MS
+    assert believed.now_ms() == at, "not a round later either"
+    clock.wall -= 2 * 365 * 24 * HOUR_MS
+    assert believed.now_ms() == clock.wall, "set back, nothing more is deleted"
 
 
 # --- the launcher ----------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from rave_dispatcher.adapters.prometheus import Metrics
 from rave_dispatcher.adapters.signatures import Signatures
 from rave_dispatcher.adapters.store.sqlite import EventStore
 from rave_dispatcher.adapters.tracing import OtelTracer, make_provider
+from rave_dispatcher.application import execute_agent_task
 from rave_dispatcher.application.collect_metrics import CollectMetrics
 from rave_dispatcher.application.errors import (
     ConflictError,
@@ -33,7 +34,14 @@ from rave_dispatcher.application.execute_agent_task import (
     Execution,
 )
 from rave_dispatcher.application.manage_tasks import ManageTasks
-from rave_dispatcher.application.ports import EventFilter, Job, Ran, TaskFilter, Verified
+from rave_dispatcher.application.ports import (
+    EventFilter,
+    Job,
+    Ran,
+    RunnerUnavailableError,
+    TaskFilter,
+    Verified,
+)
 from rave_dispatcher.application.process_webhook import Policy, ProcessWebhook, parse
 from rave_dispatcher.config import Source
 from rave_dispatcher.domain.events import Trace
@@ -292,7 +300,9 @@ def test_an_event_that_is_replayed_becomes_another_task(tmp_path: Path) -> None:
         first = (await w.store.event(receipt.event_uuid)).task_id
         replayed = await w.tasks.replay_event(receipt.event_uuid)
         assert (replayed.processed, replayed.task_id) == (False, None)
+        w.clock.advance(100 * MINUTE)
         await w.webhooks.process()
+        assert w.counted("event_processing_seconds_sum") < 1, "it was processed in time"
         second = (await w.tasks.show_event(receipt.event_uuid)).task_id
         assert second not in (None, first)
         assert len((await w.tasks.list(TaskFilter(), None, 10)).items) == 2
@@ -474,6 +484,8 @@ def test_a_lease_that_is_lost_ends_the_run_and_changes_nothing(tmp_path: Path) -
         assert await w.executor.sweep() == 0
         swept = await w.store.task(task.task_id)
         assert (swept.status, swept.outcome) == (Status.PENDING, Outcome.LEASE_EXPIRED)
+        lost = {"agent_type": "ai-engineer", "outcome": "lease-expired"}
+        assert w.counted("task_attempts_total", **lost) == 1
 
     play(tmp_path, story, script=hang, execution=Execution(lease_ms=90))
 
@@ -515,6 +527,9 @@ def test_what_a_killed_dispatcher_ran_is_run_again_but_not_for_ever(tmp_path: Pa
             assert (await w.store.task(task.task_id)).attempt == attempt
         assert await w.status(task.task_id) is Status.FAILED
         assert await w.executor.recover() == 0
+        lost = {"agent_type": "ai-engineer", "outcome": "lease-expired"}
+        assert w.counted("task_attempts_total", **lost) == 3
+        assert w.counted("task_retries_total", agent_type="ai-engineer") == 2
 
     play(tmp_path, story)
 
@@ -599,6 +614,52 @@ def test_an_end_that_cannot_be_kept_is_tried_again_after_the_lease(
     play(tmp_path, story)
 
 
+def test_who_waits_for_the_next_attempt_does_not_wait_for_a_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(w: World) -> None:
+        task = await submit(w)
+
+        async def failed_once() -> bool:
+            return (await w.store.task(task.task_id)).outcome is Outcome.ERROR
+
+        await w.work(failed_once)
+        w.clock.advance(3 * MINUTE)  # of the five that it waits
+        await w.collect.refresh()
+        assert w.counted("queue_oldest_seconds", state="pending") == 0
+        w.clock.advance(3 * MINUTE)
+        await w.collect.refresh()
+        assert w.counted("queue_oldest_seconds", state="pending") == pytest.approx(60, abs=1)
+
+    monkeypatch.setattr(SystemChance, "fraction", lambda _: 0.0)
+    five = Backoff(10 * MINUTE, 1.0, 10 * MINUTE)
+    play(tmp_path, story, script=fail, execution=Execution(backoff=five))
+
+
+def test_what_no_task_can_be_run_without_costs_none_an_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execute_agent_task, "UNAVAILABLE_SECONDS", 0.01)
+    down = 5
+
+    async def run(job: Job, on_output: Any) -> Ran:
+        nonlocal down
+        down -= 1
+        if down >= 0:
+            raise RunnerUnavailableError("the launcher cannot be reached")
+        return await succeed(job, on_output)
+
+    async def story(w: World) -> None:
+        task = await submit(w)
+        await w.work(lambda: w.is_final(task.task_id))
+        done = await w.store.task(task.task_id)
+        assert (done.status, done.attempt, len(w.runner.jobs)) == (Status.COMPLETED, 1, 6)
+        kinds = {"agent_type": "ai-engineer"}
+        assert w.counted("task_attempts_total", outcome="not-started", **kinds) == 0
+
+    play(tmp_path, story, script=run)
+
+
 def test_many_projects_are_forgotten_when_idle(tmp_path: Path) -> None:
     async def story(w: World) -> None:
         for i in range(1500):
@@ -648,6 +709,9 @@ def test_pushed_metrics_are_kept_all_or_none(tmp_path: Path) -> None:
         await w.collect.push([good])
         await w.collect.push([Metric("tokens", 1.0, 5, {"model": "m"})])  # older: of no interest
         assert w.metrics.registry.get_sample_value("tokens", {"model": "m"}) == 3.0
+        ahead = Metric("tokens", 9.0, w.clock.wall + 10 * MINUTE, {"model": "m"})
+        with pytest.raises(InvalidError, match="ahead of the machine's clock"):
+            await w.collect.push([ahead])
         many = [Metric("m", 1, 0, {"i": str(i)}) for i in range(MAX_SERIES)]
         with pytest.raises(InvalidError, match="series"):
             await w.collect.push(many)
@@ -671,7 +735,7 @@ def test_gauges_say_how_full_the_queue_is(tmp_path: Path, monkeypatch: pytest.Mo
         assert w.counted("queue_depth", state="pending") == 1
         w.clock.advance(MINUTE)
 
-        async def figures() -> None:
+        async def figures(_: int) -> None:
             raise StorageFullError("full")
 
         with monkeypatch.context() as m:

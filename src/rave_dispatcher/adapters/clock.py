@@ -6,6 +6,10 @@ import os
 import random
 import time
 
+from rave_dispatcher.application.ports import Clock
+
+SLEEP_MOST_MS = 3 * 86_400_000  # from Friday evening to Monday morning
+
 
 class SystemClock:
     """The wall's clock, and one that begins at its time and then never jumps.
@@ -27,6 +31,26 @@ class SystemClock:
     def steady_ms(self) -> int:
         """Milliseconds of the epoch, as they would be had nobody set the clock since the start."""
         return self._offset_ms + self._boot_ms()
+
+
+class BelievedClock:
+    """The wall's time for what deletes: somebody who sets it ahead must not have all deleted.
+
+    A machine's clock stands still while its host sleeps, and is then set ahead: so much at once is
+    believed. What is further ahead is not until the next start.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._ahead = self._slept = 0
+
+    def now_ms(self) -> int:
+        """Milliseconds of the epoch; to be asked each few hours, or more often."""
+        wall, steady = self._clock.wall_ms(), self._clock.steady_ms()
+        jump, self._ahead = wall - steady - self._ahead, wall - steady
+        if 0 < jump <= SLEEP_MOST_MS:
+            self._slept += jump
+        return min(wall, steady + self._slept)
 
 
 class SystemChance:

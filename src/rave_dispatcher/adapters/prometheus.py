@@ -154,19 +154,23 @@ class Metrics:
         """A delivery was refused. `source` is one that is configured."""
         self._refused.labels(source, reason).inc()
 
-    def processed(self, seconds: float, became_task: bool, trace_id: str) -> None:
+    def processed(self, seconds: float | None, became_task: bool, trace_id: str) -> None:
         """The rules saw an event."""
         self._processed.labels(str(became_task).lower()).inc()
-        self._latency.observe(seconds, {"trace_id": trace_id})
+        if seconds is not None:
+            self._latency.observe(seconds, {"trace_id": trace_id})
 
     def rules_failed(self) -> None:
         """The rules failed on an event, or took too long."""
         self._rules_failed.inc()
 
-    def task_ended(self, agent_type: str, outcome: str, seconds: float, trace_id: str) -> None:
+    def task_ended(
+        self, agent_type: str, outcome: str, seconds: float | None, trace_id: str
+    ) -> None:
         """An attempt at a task ended."""
         self._attempts.labels(agent_type, outcome).inc()
-        self._durations.labels(agent_type).observe(seconds, {"trace_id": trace_id})
+        if seconds is not None:
+            self._durations.labels(agent_type).observe(seconds, {"trace_id": trace_id})
 
     def task_retried(self, agent_type: str) -> None:
         """A task will be tried again."""
@@ -176,13 +180,14 @@ class Metrics:
         """A metric was pushed."""
         self._pushed.take(metric)
 
-    def gauge(self, figures: Figures, now_ms: int, coverage: tuple[int, int]) -> None:
+    def gauge(self, figures: Figures, wall_ms: int, coverage: tuple[int, int]) -> None:
         """How full things are now."""
         for state in ("pending", "running", "failed", "unprocessed"):
             self._queue.labels(state).set(getattr(figures, state))
-        ages = {"pending": figures.oldest_pending_ms, "unprocessed": figures.oldest_unprocessed_ms}
-        for state, since in ages.items():
-            self._age.labels(state).set(0 if since is None else max(now_ms - since, 0) / 1000)
+        since = figures.oldest_unprocessed_ms
+        unseen = 0 if since is None else max(wall_ms - since, 0)
+        for state, age in (("pending", figures.longest_wait_ms), ("unprocessed", unseen)):
+            self._age.labels(state).set(age / 1000)
         self._store.set(figures.store_bytes)
         self._free.set(figures.free_bytes)
         complete, every = coverage

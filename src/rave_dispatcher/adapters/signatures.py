@@ -67,14 +67,17 @@ def _github(headers: Headers, body: bytes, secrets: tuple[bytes, ...]) -> Verifi
 
 
 def _gitlab(headers: Headers, body: bytes, secrets: tuple[bytes, ...], now: float) -> Verified:
-    if "webhook-signature" in headers:
+    signed = "webhook-signature" in headers
+    if signed:
         signature = _standard(headers, body, secrets, now)
     else:
         _require_any(_header(headers, "x-gitlab-token"), [s.decode("latin-1") for s in secrets])
         signature = TOKEN_VERIFIED
     kind = _header(headers, "x-gitlab-event", malformed=True)
-    for name in ("idempotency-key", "webhook-id"):  # the same when GitLab tries again
-        if name in headers:
+    # the same when GitLab tries again. Of a signed delivery only webhook-id is signed with it:
+    # under another key, whoever saw it could send it again
+    for name in ("webhook-id",) if signed else ("idempotency-key", "webhook-id"):
+        if headers.get(name):
             return Verified(headers[name], kind, signature)
     # an older GitLab: events that follow from one another share this id, so the body counts too
     shared = _header(headers, "x-gitlab-event-uuid", malformed=True)

@@ -10,6 +10,7 @@ from rave_dispatcher.domain.metrics import MAX_SERIES, Metric, fault_of
 
 COVERAGE_MS = 3_600_000
 SETTLED_MS = 30_000  # spans are kept in batches, after what they tell of
+AHEAD_MS = 300_000  # that a sender's clock may be
 FRESH_MS = 2_000  # figures that are this young are good enough for another scrape
 
 
@@ -26,6 +27,9 @@ class CollectMetrics:
         for metric in metrics:
             if fault := fault_of(metric.name, metric.labels):
                 raise InvalidError(fault)
+            # it would be taken for the newest for ever
+            if metric.timestamp_ms > self._clock.wall_ms() + AHEAD_MS:
+                raise InvalidError(f"a timestamp of {metric.name} is ahead of the machine's clock")
         series = {m.series for m in metrics}
         if len(self._series | series) > MAX_SERIES:
             raise InvalidError(f"there may be at most {MAX_SERIES} series of pushed metrics")
@@ -40,7 +44,7 @@ class CollectMetrics:
         if self._refreshed_ms is not None and now - self._refreshed_ms < FRESH_MS:
             return
         try:
-            figures = await self._store.figures()
+            figures = await self._store.figures(now)
             wall = self._clock.wall_ms()
             coverage = await self._store.trace_coverage(wall - COVERAGE_MS, wall - SETTLED_MS)
         except DispatcherError:

@@ -16,6 +16,7 @@ from rave_dispatcher.application.ports import (
     Observer,
     Ran,
     Runner,
+    RunnerUnavailableError,
     Span,
     Store,
     Tracer,
@@ -32,6 +33,7 @@ from rave_dispatcher.domain.tasks import (
 
 IDLE_SECONDS = 1.0  # between looks at the queue when nobody said that there is something
 SWEEP_SECONDS = 5.0
+UNAVAILABLE_SECONDS = 5.0  # before the next try when nothing can be run at all
 TRUNCATED = b"\n[the rest of the output was not kept]\n"
 
 
@@ -67,7 +69,6 @@ class ExecuteAgentTask:
         self._choosing = asyncio.Lock()
         self._loads: dict[str, Load] = {}
         self._turn = 0
-        self._stopping = False
 
     def wake(self) -> None:
         """There may be something to do."""
@@ -83,11 +84,25 @@ class ExecuteAgentTask:
         await self._store.hasten(latest)
         found = await self._store.running()
         for task in found:
-            await self._store.step(
-                task.task_id,
-                lambda t: t.recover(self._clock.steady_ms(), self._clock.wall_ms()),
+            self._taken_back(
+                await self._store.step(
+                    task.task_id,
+                    lambda t: t.recover(self._clock.steady_ms(), self._clock.wall_ms()),
+                )
             )
         return len(found)
+
+    def _taken_back(self, task: Task) -> None:
+        """An attempt of which nobody knows how it went was counted."""
+        outcome = (task.outcome or Outcome.LEASE_EXPIRED).value
+        self._observer.task_ended(task.agent_type.value, outcome, None, task.trace.trace_id)
+        if task.status is Status.PENDING:
+            self._observer.task_retried(task.agent_type.value)
+        self._log.warning(
+            "a task was taken back",
+            task_id=task.task_id, attempt=task.attempt, outcome=outcome,
+            status=task.status.value, why=task.detail, trace_id=task.trace.trace_id,
+        )  # fmt: skip
 
     async def run(self) -> None:
         """Work until cancelled; then end what runs and give its tasks back."""
@@ -179,6 +194,10 @@ class ExecuteAgentTask:
             await _end(running)
             await self._release(task, token)
             raise
+        except RunnerUnavailableError as e:
+            await self._release(task, token)
+            await self._cannot_run(task, span, str(e))
+            return
         if stopped is not Outcome.LEASE_EXPIRED:
             await self._finish(task, token, ran, span)
 
@@ -210,10 +229,20 @@ class ExecuteAgentTask:
         if running.cancelled():
             return Ran(Outcome.CANCELLED, "", spent)
         if (error := running.exception()) is not None:
+            if isinstance(error, RunnerUnavailableError):
+                raise error
             # only its kind: its text may quote a command line
             detail = f"the agent could not be run: {type(error).__name__}"
             return Ran(Outcome.NOT_STARTED, detail, spent)
         return running.result()
+
+    async def _cannot_run(self, task: Task, span: Span, why: str) -> None:
+        span.fail(why)
+        self._log.error(
+            "no task can be run now; what is queued waits",
+            task_id=task.task_id, error=why, trace_id=task.trace.trace_id,
+        )  # fmt: skip
+        await asyncio.sleep(UNAVAILABLE_SECONDS)
 
     async def _finish(self, task: Task, token: str, ran: Ran, span: Span) -> None:
         delay = self._execution.backoff.delay_ms(task.attempt, self._chance.fraction())
@@ -266,7 +295,8 @@ class ExecuteAgentTask:
             if task.lease is None or task.lease.until_ms > now:
                 continue
             with contextlib.suppress(IllegalStepError, NotFoundError):
-                await self._store.step(task.task_id, self._expiry(task.attempt, now))
+                expiry = self._expiry(task.attempt, now)
+                self._taken_back(await self._store.step(task.task_id, expiry))
                 swept += 1
         return swept
 

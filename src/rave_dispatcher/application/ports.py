@@ -76,6 +76,7 @@ class Incoming:
     project: str
     received_ms: int
     trace: Trace
+    replayed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ class Figures:
     running: int
     failed: int
     unprocessed: int
-    oldest_pending_ms: int | None  # since when the oldest task waits that might run
+    longest_wait_ms: int  # of the tasks that might run
     oldest_unprocessed_ms: int | None
     store_bytes: int
     free_bytes: int
@@ -200,8 +201,8 @@ class Store(Protocol):
         """Keep pushed metrics."""
         ...
 
-    async def figures(self) -> Figures:
-        """How full it is."""
+    async def figures(self, now_ms: int) -> Figures:
+        """How full it is at `now_ms`, of the clock that tasks wait by."""
         ...
 
     async def trace_coverage(self, since_ms: int, until_ms: int) -> tuple[int, int]:
@@ -230,11 +231,16 @@ class Ran:
     usage: Usage
 
 
+class RunnerUnavailableError(Exception):
+    """No task can be started now, whichever it is: that is no attempt at this one. The text says
+    why, and holds nothing of the task."""
+
+
 class Runner(Protocol):
-    """Runs agents. Cancelling `run` ends all that it started before the cancellation goes on."""
+    """Runs agents. Cancelling `run` has all that it started end."""
 
     async def run(self, job: Job, on_output: Callable[[bytes], Awaitable[None]]) -> Ran:
-        """Run an agent to its end."""
+        """Run an agent to its end. Raises RunnerUnavailableError when it could not begin."""
         ...
 
 
@@ -276,16 +282,18 @@ class Observer(Protocol):
         """A delivery was refused."""
         ...
 
-    def processed(self, seconds: float, became_task: bool, trace_id: str) -> None:
-        """The rules saw an event, so long after it came."""
+    def processed(self, seconds: float | None, became_task: bool, trace_id: str) -> None:
+        """The rules saw an event, so long after it came; None: once more."""
         ...
 
     def rules_failed(self) -> None:
         """The rules failed on an event, or took too long; it becomes no task."""
         ...
 
-    def task_ended(self, agent_type: str, outcome: str, seconds: float, trace_id: str) -> None:
-        """An attempt at a task ended."""
+    def task_ended(
+        self, agent_type: str, outcome: str, seconds: float | None, trace_id: str
+    ) -> None:
+        """An attempt at a task ended, after so many seconds where that is known."""
         ...
 
     def task_retried(self, agent_type: str) -> None:
@@ -296,7 +304,7 @@ class Observer(Protocol):
         """A metric was pushed."""
         ...
 
-    def gauge(self, figures: Figures, now_ms: int, coverage: tuple[int, int]) -> None:
+    def gauge(self, figures: Figures, wall_ms: int, coverage: tuple[int, int]) -> None:
         """How full things are now."""
         ...
 

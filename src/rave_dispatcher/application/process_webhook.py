@@ -115,7 +115,8 @@ class ProcessWebhook:
         await self._store.decide(decisions)
         now = self._clock.wall_ms()
         for incoming, decision in zip(batch, decisions, strict=True):
-            seconds = max(now - incoming.received_ms, 0) / 1000
+            took = max(now - incoming.received_ms, 0) / 1000
+            seconds = None if incoming.replayed else took
             became = decision.task is not None
             self._observer.processed(seconds, became, incoming.trace.trace_id)
         return len(batch)

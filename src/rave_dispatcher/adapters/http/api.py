@@ -91,7 +91,7 @@ def make_app(services: Services) -> FastAPI:
     for make in (_events, _tasks, _task, _more):
         app.include_router(
             make(services), prefix="/v1", dependencies=[api_token],
-            responses=_problem(400, 401, 413, 415, 429, 503),
+            responses=_problem(400, 401, 408, 410, 413, 415, 429, 503),
         )  # fmt: skip
     app.include_router(_operations(services))
     _describe_problems(app)
@@ -179,7 +179,7 @@ def _alerts(services: Services) -> APIRouter:
         "/alerts",
         status_code=202,
         response_model=contract.Receipt,
-        responses=_problem(400, 401, 413, 415, 429, 503, 507),
+        responses=_problem(400, 401, 408, 413, 415, 429, 503, 507),
         openapi_extra={
             "requestBody": {
                 "required": True,
@@ -248,7 +248,7 @@ def _events(services: Services) -> APIRouter:
         "/events/{event_uuid}/replay",
         status_code=202,
         response_model=contract.WebhookEvent,
-        responses=_problem(404),
+        responses=_problem(404, 507),
     )
     async def replay_event(event_uuid: str) -> Response:
         """Have the rules see an event once more; a match becomes a new task."""
@@ -295,12 +295,12 @@ def _tasks(services: Services) -> APIRouter:
 def _task(services: Services) -> APIRouter:
     router = APIRouter(tags=["tasks"])
 
-    @router.post("/tasks/{task_id}/cancel", status_code=202, responses=_problem(404, 409))
+    @router.post("/tasks/{task_id}/cancel", status_code=202, responses=_problem(404, 409, 507))
     async def cancel(task_id: str) -> contract.AgentTask:
         """End a task; all that it started ends with it."""
         return contract.task_out(await services.tasks.cancel(task_id))
 
-    @router.post("/tasks/{task_id}/replay", status_code=202, responses=_problem(404, 409))
+    @router.post("/tasks/{task_id}/replay", status_code=202, responses=_problem(404, 409, 507))
     async def replay(task_id: str) -> contract.AgentTask:
         """Try a failed task anew."""
         return contract.task_out(await services.tasks.replay(task_id))

@@ -1,7 +1,7 @@
 """What the launcher tells the dispatcher over their socket: pieces of output, then the result.
 
 A frame is a letter, the length of its content in four bytes (big-endian), and the content:
-"o" output, "r" the result (JSON).
+"b" that it begins, "o" output, "r" the result (JSON).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 _HEAD = struct.Struct(">cI")
 HEAD_SIZE = _HEAD.size
-OUTPUT, RESULT = b"o", b"r"
+BEGUN, OUTPUT, RESULT = b"b", b"o", b"r"
 MOST = 1 << 20
 
 
@@ -24,7 +24,7 @@ def pack(kind: bytes, content: bytes) -> bytes:
 def unpack_head(head: bytes) -> tuple[bytes, int]:
     """A frame's kind and the length of what follows; ValueError when it is none."""
     kind, size = _HEAD.unpack(head)
-    if kind not in (OUTPUT, RESULT) or size > MOST:
+    if kind not in (BEGUN, OUTPUT, RESULT) or size > MOST:
         raise ValueError("not a frame of the launcher")
     return kind, size
 

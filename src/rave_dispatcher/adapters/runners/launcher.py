@@ -91,6 +91,8 @@ def _receive(connection: socket.socket, _: bytes) -> bytes:
 
 def find_agent(config: Config, order: Order) -> Agent:
     """The agent that is configured for an order; RefusedError when there is none."""
+    if order.rule is not None and not config.has_rule(order.rule):
+        raise RefusedError(f"its rule {order.rule!r} is gone")
     found = config.agent(order.agent_type, order.rule)
     if found is None:
         raise RefusedError(f"no command is configured for {order.agent_type[:40]!r}")
@@ -103,9 +105,11 @@ def serve(connection: socket.socket, config: Config) -> None:
     try:
         order, prompt = read_order(connection)
         agent = find_agent(config, order)
+        # from here on it is this task that fails, and not each
+        connection.sendall(frames.pack(frames.BEGUN, b""))
         with _alone(order.task_id):
             outcome, detail, usage = _carry_out(connection, config, order, agent, prompt)
-    except HungUpError:
+    except (HungUpError, ConnectionError):
         return
     except (RefusedError, subprocess.TimeoutExpired) as e:
         if not isinstance(e, RefusedError):  # its text is a command line

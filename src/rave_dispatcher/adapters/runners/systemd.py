@@ -17,7 +17,7 @@ from pathlib import Path
 from rave_dispatcher.adapters.runners import frames
 from rave_dispatcher.adapters.runners.unit import Order
 from rave_dispatcher.adapters.tracing import traceparent
-from rave_dispatcher.application.ports import Job, Ran
+from rave_dispatcher.application.ports import Job, Ran, RunnerUnavailableError
 from rave_dispatcher.domain.tasks import Outcome, Usage
 
 
@@ -28,11 +28,13 @@ class SystemdRunner:
         self._socket = socket
 
     async def run(self, job: Job, on_output: Callable[[bytes], Awaitable[None]]) -> Ran:
-        """Run an agent to its end."""
+        """Run an agent to its end. Raises RunnerUnavailableError when the launcher did not say that
+        it has begun: what it lacks, each task would lack."""
         try:
             reader, writer = await asyncio.open_unix_connection(self._socket)
         except OSError as e:
-            return _lost(f"the launcher cannot be reached: {e.strerror}")
+            raise RunnerUnavailableError(f"the launcher cannot be reached: {e.strerror}") from None
+        begun = False
         try:
             prompt = job.prompt.encode("utf-8", "replace")
             order = Order(
@@ -41,8 +43,12 @@ class SystemdRunner:
             head = {**dataclasses.asdict(order), "prompt_bytes": len(prompt)}
             writer.write(json.dumps(head).encode() + b"\n" + prompt)
             await writer.drain()
-            return await _follow(reader, on_output)
+            kind, size = frames.unpack_head(await reader.readexactly(frames.HEAD_SIZE))
+            begun = True
+            return await _follow(reader, on_output, kind, size)
         except (OSError, EOFError, ValueError, KeyError):
+            if not begun:
+                raise RunnerUnavailableError("the launcher ended without a word") from None
             return _lost("the launcher ended without a result")
         finally:
             # the launcher takes this as the end of the task, and ends all of it
@@ -50,17 +56,20 @@ class SystemdRunner:
 
 
 async def _follow(
-    reader: asyncio.StreamReader, on_output: Callable[[bytes], Awaitable[None]]
+    reader: asyncio.StreamReader,
+    on_output: Callable[[bytes], Awaitable[None]],
+    kind: bytes,
+    size: int,
 ) -> Ran:
-    while True:
-        kind, size = frames.unpack_head(await reader.readexactly(frames.HEAD_SIZE))
+    """All frames, from the one that begins so."""
+    while kind != frames.RESULT:
         content = await reader.readexactly(size)
         if kind == frames.OUTPUT:
             await on_output(content)
-            continue
-        r = json.loads(content)
-        usage = Usage(r["duration_ms"], r["memory_usage_mb"], r["cpu_usage_percent"])
-        return Ran(Outcome(r["outcome"]), str(r["detail"])[:500], usage)
+        kind, size = frames.unpack_head(await reader.readexactly(frames.HEAD_SIZE))
+    r = json.loads(await reader.readexactly(size))
+    usage = Usage(r["duration_ms"], r["memory_usage_mb"], r["cpu_usage_percent"])
+    return Ran(Outcome(r["outcome"]), str(r["detail"])[:500], usage)
 
 
 def _lost(why: str) -> Ran:

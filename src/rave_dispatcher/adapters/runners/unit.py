@@ -14,6 +14,7 @@ _ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-0[01]")
 STOP_SECONDS = 5
 SECRETS = "/run/secrets"
+DISPATCHER = "rave-dispatcher.service"
 SLICE = "agents.slice"  # what holds all tasks together
 # A program that is refused a process now and then waits or gives up; one that asks a hundred times
 # more is a fork bomb, or as good as one.
@@ -112,6 +113,8 @@ def systemd_run_argv(
         f"StandardInput=file:{prompt}", f"StandardOutput=file:{output}", "StandardError=inherit",
         f"MemoryMax={agent.memory_mb}M", "MemorySwapMax=0", f"CPUQuota={agent.cpu_percent}%",
         f"TasksMax={agent.processes}", f"RuntimeMaxSec={agent.seconds}",
+        # at a shutdown the dispatcher ends first, and takes its tasks back
+        f"Before={DISPATCHER}",
         f"TimeoutStopSec={STOP_SECONDS}", "KillMode=control-group", "OOMPolicy=kill",
         "OOMScoreAdjust=500", "CPUAccounting=yes", "MemoryAccounting=yes",
         *(f"LoadCredential={n}:{SECRETS}/{s}" for n, s in sorted(agent.credentials.items())),
@@ -168,7 +171,10 @@ def verdict(shown: Mapping[str, str], fallback_ms: int) -> tuple[Outcome, str, U
     usage = _usage(shown, fallback_ms)
     result = shown.get("Result", "")
     if result == "success" and shown.get("ExecMainStatus", "0") == "0":
-        return Outcome.SUCCEEDED, "", usage
+        # by itself it is "exited" (RemainAfterExit); one that was stopped is dead, or not known
+        if shown.get("SubState") == "exited":
+            return Outcome.SUCCEEDED, "", usage
+        return Outcome.ERROR, "its unit was stopped", usage
     if result in _RESULTS:
         return (*_RESULTS[result], usage)
     if shown.get("ExecMainCode") == "1" and shown.get("ExecMainStatus") in ("200", "203", "217"):

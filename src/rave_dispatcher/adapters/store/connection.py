@@ -17,6 +17,7 @@ from rave_dispatcher.application.errors import (
 )
 
 LOG_BYTES = 100 * 2**20
+BUSY_MS = 5000
 CHECK_SECONDS = 0.5  # of the start; what takes longer goes on beside the work
 _CORRUPT = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 RESTORE = (
@@ -30,7 +31,7 @@ RESTORE = (
 def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
     """A connection with the settings that the promises rest on."""
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-    connection.execute("PRAGMA busy_timeout = 5000")
+    connection.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
     connection.execute("PRAGMA trusted_schema = OFF")
     connection.execute("PRAGMA cell_size_check = ON")
     connection.execute("PRAGMA cache_size = -4096")

@@ -20,7 +20,10 @@ CHECKPOINT_WORK = 4000  # events or steps, some 30 MB of log
 RESTART_FRAMES = 25_000  # pages: 100 MB of log
 REST_FRAMES = 1000
 PASSES = 4
+RESTART_MS = 100  # for who is reading; webhooks wait meanwhile
+PATIENCE = 10  # looks, a second each, until the next try when somebody read longer
 RunInThread = Callable[..., Awaitable[Any]]
+EXPORT_BYTES = 2**22  # that are read at once
 PRUNE_ROWS = 500  # in one transaction: others get their turn between
 VACUUM_PAGES = 2000
 
@@ -37,6 +40,7 @@ class Checkpointer:
         self._path, self._writer, self._run = path, writer, run_in_thread
         self._log = path.with_name(path.name + "-wal")
         self._seen = self._copied = 0
+        self._patience = 0
 
     async def look(self) -> None:
         """Called each second: copy when much came, or when all of it has."""
@@ -44,23 +48,30 @@ class Checkpointer:
         self._seen = written
         waiting = written - self._copied
         # a piece of work may be a step or an event of a megabyte: so the size of the log counts too
-        large = _size(self._log) > opening.LOG_BYTES * 1.25
+        self._patience = max(self._patience - 1, 0)
+        large = _size(self._log) > opening.LOG_BYTES * 1.25 and not self._patience
         if waiting < CHECKPOINT_WORK and not (waiting and written == before) and not large:
             return
         self._copied = written
         frames, copied = await self._run(checkpoint, self._path)
-        if frames < RESTART_FRAMES:
+        if frames < RESTART_FRAMES or self._patience:
             return
         # a load that never pauses: what came meanwhile is copied too, until little is left, for
         # which the writer then stops once; else the log would never begin anew
         for _ in range(PASSES):
             if frames - copied > REST_FRAMES:
                 frames, copied = await self._run(checkpoint, self._path)
-        await self._writer.submit(
-            lambda c: c.execute("PRAGMA wal_checkpoint(RESTART)").fetchall(),
-            grows=False,
-            alone=True,
-        )
+        if not await self._writer.submit(_restart, grows=False, alone=True):
+            self._patience = PATIENCE
+
+
+def _restart(c: sqlite3.Connection) -> bool:
+    """Have the log begin anew; False when somebody goes on reading it."""
+    c.execute(f"PRAGMA busy_timeout = {RESTART_MS}")
+    try:
+        return not c.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()[0]
+    finally:
+        c.execute(f"PRAGMA busy_timeout = {opening.BUSY_MS}")
 
 
 def _size(path: Path) -> int:
@@ -149,17 +160,33 @@ def prune_offline(path: Path, before_ms: int) -> int:
     return total
 
 
-def check_all(path: Path) -> str | None:
-    """What is wrong with the store, or None; reads all of it. Runs in a thread."""
-    connection = opening.connect(path, read_only=True)
-    try:
-        return opening.check(connection)
-    except sqlite3.DatabaseError as e:
-        if opening.is_corrupt(e):
-            return str(e)
-        raise
-    finally:
-        connection.close()
+class Checker:
+    """Reads all of the store, which takes its time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._connection: sqlite3.Connection | None = None
+        self._stopped = False
+
+    def run(self) -> str | None:
+        """What is wrong with the store, or None; None too when it was stopped. In a thread."""
+        connection = self._connection = opening.connect(self._path, read_only=True)
+        try:
+            return None if self._stopped else opening.check(connection)
+        except sqlite3.DatabaseError as e:
+            if opening.is_corrupt(e):
+                return str(e)
+            raise
+        finally:
+            self._connection = None
+            connection.close()
+
+    def stop(self) -> None:
+        """Have it end soon: a service that ends would wait for its thread."""
+        self._stopped = True
+        if (connection := self._connection) is not None:
+            with contextlib.suppress(sqlite3.Error):  # it has just ended
+                connection.interrupt()
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -180,12 +207,12 @@ def describe(path: Path) -> dict[str, Any]:
         connection.close()
 
 
-def export(path: Path, since_ms: int = 0) -> Iterator[str]:
-    """Events and tasks as lines of JSON, as far as the file can be read."""
+def export(path: Path, since_ms: int, skipped: Callable[[str], None]) -> Iterator[str]:
+    """Events and tasks as lines of JSON. What of a damaged file cannot be read is skipped, and
+    `skipped` is told of it, a line each."""
     connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
     try:
-        sql = f"SELECT {EVENT_COLUMNS} FROM events WHERE received_ms >= ? ORDER BY seq"  # noqa: S608
-        for row in connection.execute(sql, (since_ms,)):
+        for row in _readable(connection, "events", EVENT_COLUMNS, "received_ms", since_ms, skipped):
             e = event_of(row)
             yield json.dumps({
                 "kind": "event", "event_uuid": e.event_uuid, "source": e.source,
@@ -194,8 +221,7 @@ def export(path: Path, since_ms: int = 0) -> Iterator[str]:
                 "signature": e.signature, "trace_id": e.trace.trace_id,
                 "processed": e.processed, "task_id": e.task_id,
             })  # fmt: skip
-        sql = f"SELECT {TASK_COLUMNS} FROM tasks WHERE created_ms >= ? ORDER BY seq"  # noqa: S608
-        for row in connection.execute(sql, (since_ms,)):
+        for row in _readable(connection, "tasks", TASK_COLUMNS, "created_ms", since_ms, skipped):
             t = task_of(row)
             yield json.dumps({
                 "kind": "task", "task_id": t.task_id, "event_uuid": t.event_uuid,
@@ -207,6 +233,78 @@ def export(path: Path, since_ms: int = 0) -> Iterator[str]:
             })  # fmt: skip
     finally:
         connection.close()
+
+
+def _readable(
+    c: sqlite3.Connection,
+    table: str,
+    columns: str,
+    moment: str,
+    since_ms: int,
+    skipped: Callable[[str], None],
+) -> Iterator[tuple[Any, ...]]:
+    """The rows of a table, by number, over the damaged places.
+
+    A part at a time: a reader that stays holds up the log, and who reads us may pause.
+    """
+    # no index of the moment's: then the rows would have to be sorted
+    sql = f"SELECT {columns} FROM {table} WHERE seq > ? AND +{moment} >= ? ORDER BY seq"  # noqa: S608
+    last = 0
+    while True:
+        rows, damage = _some(c, sql, (last, since_ms))
+        yield from rows
+        last = rows[-1][0] if rows else last
+        if damage is not None:
+            at, last = last, _beyond(c, table, last)
+            skipped(f"{table} {at + 1} to {last or 'the last'} cannot be read ({damage})")
+        if not last or (not rows and damage is None):
+            return
+
+
+def _some(
+    c: sqlite3.Connection, sql: str, values: tuple[object, ...]
+) -> tuple[list[tuple[Any, ...]], sqlite3.DatabaseError | None]:
+    """Some of the rows, one at least when there is one, and what kept the rest from being read."""
+    rows: list[tuple[Any, ...]] = []
+    size = 0
+    cursor = c.cursor()
+    try:
+        cursor.execute(sql, values)
+        while size < EXPORT_BYTES and (row := cursor.fetchone()) is not None:
+            rows.append(row)
+            size += sum(len(v) for v in row if isinstance(v, str | bytes)) + 100
+    except sqlite3.DatabaseError as e:
+        if not opening.is_corrupt(e):
+            raise
+        return rows, e
+    finally:
+        cursor.close()
+    return rows, None
+
+
+def _beyond(c: sqlite3.Connection, table: str, last: int) -> int:
+    """The last number of a damaged place behind `last`; 0 when all that follows is."""
+
+    def is_sound(number: int) -> bool:
+        sql = f"SELECT * FROM {table} WHERE seq > ? ORDER BY seq LIMIT 1"  # noqa: S608
+        try:
+            c.execute(sql, (number,)).fetchone()
+        except sqlite3.DatabaseError as e:
+            if not opening.is_corrupt(e):
+                raise
+            return False
+        return True
+
+    step = 1
+    while not is_sound(last + step):
+        step *= 2
+        if step > 2**53:
+            return 0
+    bad, good = last + step // 2, last + step
+    while good - bad > 1:
+        middle = (bad + good) // 2
+        bad, good = (bad, middle) if is_sound(middle) else (middle, good)
+    return good
 
 
 def backup(path: Path, target: Path) -> None:

@@ -27,7 +27,7 @@ from rave_dispatcher.adapters.store.rows import (
     task_row,
 )
 from rave_dispatcher.adapters.store.writer import Writer
-from rave_dispatcher.application.errors import NotFoundError
+from rave_dispatcher.application.errors import DispatcherError, NotFoundError
 from rave_dispatcher.application.ports import (
     Decision,
     EventFilter,
@@ -45,7 +45,8 @@ from rave_dispatcher.domain.tasks import Task
 T = TypeVar("T")
 LOG_PIECE = 64 * 1024
 MAX_SPANS = 1000  # of a trace that is shown: senders may name one trace for all they send
-PAGE_BYTES = 4 * 2**20  # of a list: what senders wrote must not fill the memory
+# of a list: what senders wrote must not fill the memory; as JSON it is more: ravectl reads 4 MiB
+PAGE_BYTES = 3 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,7 @@ class EventStore:
         self._readers = ThreadPoolExecutor(2, thread_name_prefix="store-reader")
         self._local = threading.local()
         self._connections: list[sqlite3.Connection] = []
+        self._replayed: set[str] = set()  # events that wait for the rules once more
 
     @classmethod
     async def open(cls, path: Path, reserve: int) -> EventStore:
@@ -130,7 +132,16 @@ class EventStore:
             ).fetchall()
         )
         return [
-            Incoming(seq, uuid, source, kind, project, received, Trace(trace_id, span_id))
+            Incoming(
+                seq,
+                uuid,
+                source,
+                kind,
+                project,
+                received,
+                Trace(trace_id, span_id),
+                replayed=uuid in self._replayed,
+            )
             for seq, uuid, source, kind, project, received, trace_id, span_id in rows
         ]
 
@@ -145,6 +156,7 @@ class EventStore:
     async def decide(self, decisions: Sequence[Decision]) -> None:
         """Mark events as processed, and keep the tasks that they became, in one step."""
         await self._writer.submit(lambda c: _decide(c, decisions), grows=False)
+        self._replayed -= {d.event_uuid for d in decisions}
 
     async def event(self, event_uuid: str) -> Event:
         """An event."""
@@ -168,7 +180,12 @@ class EventStore:
             )
             return _event(c, event_uuid)
 
-        return await self._writer.submit(work, grows=False)
+        self._replayed.add(event_uuid)
+        try:
+            return await self._writer.submit(work, grows=False)
+        except DispatcherError:
+            self._replayed.discard(event_uuid)
+            raise
 
     # --- tasks -------------------------------------------------------------------------------
 
@@ -276,9 +293,9 @@ class EventStore:
         """So many of the newest events and tasks, for a page that lists them."""
         return await self._read(lambda c: recent.recent(c, limit))
 
-    async def figures(self) -> Figures:
-        """How full it is."""
-        found = await self._read(_counts)
+    async def figures(self, now_ms: int) -> Figures:
+        """How full it is at `now_ms`, of the clock that tasks wait by."""
+        found = await self._read(lambda c: _counts(c, now_ms))
         size = sum(_size(self._path.with_name(self._path.name + end)) for end in ("", "-wal"))
         return Figures(*found, store_bytes=size, free_bytes=opening.free_bytes(self._path))
 
@@ -377,16 +394,19 @@ def _log(c: sqlite3.Connection, task_id: str, offset: int, limit: int) -> tuple[
     return text[begin : begin + limit], total
 
 
-def _counts(c: sqlite3.Connection) -> tuple[int, int, int, int, int | None, int | None]:
+def _counts(c: sqlite3.Connection, now_ms: int) -> tuple[int, int, int, int, int, int | None]:
     by_status = dict(c.execute("SELECT status, count(*) FROM tasks GROUP BY status").fetchall())
     unprocessed, oldest_event = c.execute(
         "SELECT count(*), (SELECT received_ms FROM events WHERE processed = 0 ORDER BY seq LIMIT 1)"
         " FROM events WHERE processed = 0"
     ).fetchone()
-    oldest = c.execute("SELECT min(created_ms) FROM tasks WHERE status = 'pending'").fetchone()[0]
+    since = c.execute(
+        "SELECT min(not_before_ms) FROM tasks WHERE status = 'pending' AND not_before_ms <= ?",
+        (now_ms,),
+    ).fetchone()[0]
     return (
         by_status.get("pending", 0), by_status.get("running", 0), by_status.get("failed", 0),
-        unprocessed, oldest, oldest_event,
+        unprocessed, 0 if since is None else now_ms - since, oldest_event,
     )  # fmt: skip
 
 
