@@ -590,7 +590,10 @@ def scrape_jobs(seconds: int) -> tuple[ScrapeJob, ...]:
             "units", 9100, "/metrics", min(seconds, UNIT_STATE_SECONDS),
             "rave_unit_.*|node_textfile_mtime_seconds", collect=("textfile",), honor_labels=True,
         ),
-        ScrapeJob("node", 9100, "/metrics", own, "node_.*|rave_(secret|backup|bans|agents).*"),
+        # rules reckon with it by the minute
+        ScrapeJob(
+            "node", 9100, "/metrics", SELF_SECONDS, "node_.*|rave_(secret|backup|bans|agents).*"
+        ),
         ScrapeJob("probes", 9115, "/probe", seconds, probes=PROBES),
         ScrapeJob("requests", 3903, "/metrics", seconds, "rave_.*|mtail_line.*_total"),
         ScrapeJob("dispatcher", 3001, "/metrics", seconds, "rave_.*|agent_.*|" + _PROCESS),

@@ -95,6 +95,19 @@ CASES = [
             ),
         ),
     ),
+    # who asks the others hangs: nothing is known of them
+    Case(
+        "ServiceDown",
+        {'up{job="probes", instance="u", service="router"}': "1 0x9",
+         'up{job="probes", instance="v", service="kanban"}': "1 0x9"},
+        "25s",
+        (
+            ({"service": "blackbox-exporter", "cause": "silent", "job": "probes"},
+             "blackbox-exporter does not answer (probes)"),
+        ),
+    ),
+    Case("ServiceDown", {'up{job="probes", instance="u", service="router"}': "1 0x9",
+                         'up{job="probes", instance="v", service="kanban"}': "1x9"}, "25s"),
     Case(
         "ServiceDown", {'up{job="units", service="node-exporter"}': "1 0x9"}, "15s",
         (
