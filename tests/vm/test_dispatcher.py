@@ -221,6 +221,31 @@ def test_a_cancel_ends_it(shell: Tool) -> None:
 # --- the service -----------------------------------------------------------------------------
 
 
+def test_a_shutdown_costs_a_task_no_attempt(shell: Tool) -> None:
+    """Its unit, the launcher and the dispatcher are all told to end then; it has one attempt."""
+    with api(shell) as client:
+        made = client.post(
+            "/tasks", {"agent_type": "ai-engineer", "prompt": "sleep 15; echo done"}
+        )["task_id"]
+        wait_until(client, made, "running")
+        time.sleep(1)
+    shell("down")
+    shell("up", "--safe")
+    with api(shell) as client:
+        task = wait_until(client, made, "completed")
+        assert (task["attempt"], task["outcome"]) == (1, "succeeded")
+        assert client.output(made, 0)[0].endswith(b"done\n")
+
+
+def wait_until(client: Api, task_id: str, status: str, seconds: float = 90) -> dict[str, Any]:
+    end = time.monotonic() + seconds
+    while (task := dict(client.get(f"/tasks/{task_id}")))["status"] != status:
+        assert task["status"] in ("pending", "running"), task
+        assert time.monotonic() < end, task
+        time.sleep(0.3)
+    return task
+
+
 def test_its_units_are_sandboxed(machine: Tool) -> None:
     said = json.loads(root(machine, f"systemd-analyze security --no-pager --json=short {UNIT}"))
     text = machine("exec", "--", "systemd-analyze", "security", "--no-pager", UNIT).stdout
