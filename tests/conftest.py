@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from ravectl import instance
+from ravectl import files, instance
 
 # how long an example takes says more of what else runs on this host than of what is tested
 settings.register_profile("rave", deadline=None)
@@ -134,6 +134,9 @@ class Tool:
         for found in instance.list_instances(self.workspace / ".rave" / "instances"):
             if process := found.process():
                 os.kill(process.pid, signal.SIGKILL)
+        for root in (self.cache or files.cache_dir()).glob("roots/*"):  # or gc keeps its image
+            if root.is_symlink() and root.readlink().is_relative_to(self.workspace):
+                root.unlink()
 
 
 @pytest.fixture(autouse=True, scope="session")

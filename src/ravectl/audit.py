@@ -78,7 +78,8 @@ def schema(
         value = held.values.get(name)
         if value is None:
             if s.kind is not SecretKind.GIVEN:
-                found.append(Finding(f"{where}: {name} is missing", "ravectl up makes it"))
+                remedy = "ravectl up makes it; a machine that runs: ravectl down first"
+                found.append(Finding(f"{where}: {name} is missing", remedy))
         elif why := credentials.fault(s.kind, value):
             found.append(Finding(f"{where}: {name} is {why}", renewal(s)))
     for name in held.values.keys() - known.keys():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shlex
 import stat
 import time
 from dataclasses import dataclass, field
@@ -91,6 +92,7 @@ def build(
         raise UsageError(
             f"the debian engine makes no {request.format}", "use --engine nix, which makes it"
         )
+    workspace.prepare()  # one that cannot be used is told before a long build
     lock_file = workspace.root / LOCK_FILE
     inputs = _locked(request, lock_file) if locked else _resolve(request, fresh=update)
     image, made = images.ensure_image(inputs, workspace)
@@ -301,7 +303,8 @@ def collect(*, dry_run: bool, everything: bool = False) -> list[tuple[Path, int]
     """Remove images that no instance of any workspace uses, and bases of other recipes.
 
     With `everything` the current base goes too. Returns what was removed (or would be, with
-    `dry_run`) with its size in bytes.
+    `dry_run`) with its size in bytes. Raises RavectlError when nobody can say which image an
+    instance needs.
     """
     if not files.cache_dir().is_dir():
         return []
@@ -321,7 +324,9 @@ def collect(*, dry_run: bool, everything: bool = False) -> list[tuple[Path, int]
 
 
 def _unused_images(store: Path) -> list[Path]:
-    used = {_image_of(Instance(root, root.name)) for root in images.roots()}
+    roots = images.roots()
+    used = {_image_of(Instance(r.folder, r.folder.name)) for r in roots if r.is_there}
+    used |= _images_of_absent([r for r in roots if not r.is_there])
     now = time.time()
     return [
         p
@@ -331,6 +336,35 @@ def _unused_images(store: Path) -> list[Path]:
         and not p.name.startswith("making.")
         and now - p.stat().st_mtime > SPARED_SECONDS
     ]
+
+
+def _images_of_absent(roots: list[images.Root]) -> set[str | None]:
+    """The images of instances whose folder is not there, which may be moved or not mounted.
+
+    Says which they are and how to have them forgotten. Raises RavectlError when one does not
+    tell its image.
+    """
+    unknown = [r for r in roots if r.image is None]
+    if unknown:
+        first, more = unknown[0], f" ({len(unknown)} such)" if len(unknown) > 1 else ""
+        raise RavectlError(
+            f"an instance was in {first.folder}, which is not there, and its image is not "
+            f"known{more}",
+            "bring the folder back and start it once; or if it is gone for good: "
+            f"{shlex.join(['rm', *(str(r.link) for r in unknown)])}",
+        )
+    for r in roots[:MAX_SHOWN]:
+        console.warn(
+            f"an instance was in {r.folder}, which is not there; its image {r.image} is kept; "
+            f"if it is gone for good: rm {shlex.quote(str(r.link))}"
+        )
+    if len(roots) > MAX_SHOWN:
+        parent = shlex.quote(str(roots[0].link.parent))
+        console.warn(
+            f"{len(roots) - MAX_SHOWN} more are not there: see them: find {parent} -xtype l -ls; "
+            f"if all are gone for good: find {parent} -xtype l -delete"
+        )
+    return {r.image for r in roots}
 
 
 def _image_of(instance: Instance) -> str | None:

@@ -11,6 +11,7 @@ import collections
 import contextlib
 import os
 import queue
+import re
 import shlex
 import shutil
 import signal
@@ -22,9 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from ravectl import console
 from ravectl.errors import DeadlineError, HostError, RavectlError
 
 TAIL_LINES = 15
+MAX_TOLD = 2000  # characters of a command
+_URL_LOGIN = re.compile(r"://[^/@\s]+@")  # a mirror's or a binary cache's may hold a password
 GRACE_SECONDS = 3.0  # between TERM and KILL; as long as clan-core waits
 
 Argv = Sequence[str | os.PathLike[str]]
@@ -76,7 +80,7 @@ def run(
     set, DeadlineError when it takes too long; Ctrl-C ends the command before it goes up.
     """
     words = tuple(os.fspath(a) for a in argv)
-    process = _start(words, env=env, cwd=cwd, pass_fds=pass_fds)
+    process = _start(words, env=env, cwd=cwd, pass_fds=pass_fds, redact=redact)
     result = _finish(process, words, stdin, timeout, hint, redact, on_line, on_quiet, keep_lines)
     if check and result.returncode != 0:
         raise failure(result, hint, redact)
@@ -220,6 +224,7 @@ def spawn(
     Its output is appended to `log` (mode 0600) or dropped.
     """
     words = [os.fspath(a) for a in argv]
+    _tell(words)
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
     sink = os.open(log, flags, 0o600) if log else os.open(os.devnull, os.O_WRONLY)
     try:
@@ -282,7 +287,9 @@ def _start(
     env: Mapping[str, str] | None,
     cwd: Path | None,
     pass_fds: Sequence[int],
+    redact: Sequence[str] = (),
 ) -> Process:
+    _tell(words, redact)
     # setpriv(1) execs, so it costs no process; it asks the kernel to end the command when
     # we end. KILL, because unshare(1) blocks TERM while its child runs.
     prefix = [find_tool("setpriv"), "--pdeathsig", "KILL", "--"]
@@ -297,6 +304,13 @@ def _start(
         start_new_session=True,
         pass_fds=pass_fds,
     )
+
+
+def _tell(words: Sequence[str], redact: Sequence[str] = ()) -> None:
+    """Say a command to those who asked for --verbose, in one line."""
+    text = _blank(shlex.join(words), redact).replace("\n", "\\n")
+    text = _URL_LOGIN.sub("://[redacted]@", text)
+    console.detail(f"run: {text[:MAX_TOLD]}")
 
 
 def _feed(process: Process, data: bytes) -> None:

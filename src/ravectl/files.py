@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import stat
 import sys
@@ -101,6 +102,22 @@ def fast_tmp(need_bytes: int) -> Path:
     )
 
 
+def private_tmp(need_bytes: int) -> Path:
+    """A folder of ours alone for the same: in one for all, others could be there before us.
+
+    Raises HostError as fast_tmp does, and when somebody else made it.
+    """
+    return _own_folder(fast_tmp(need_bytes))
+
+
+def _own_folder(parent: Path) -> Path:
+    folder = parent / f"ravectl-{os.geteuid()}"
+    folder.mkdir(mode=PRIVATE_DIR, exist_ok=True)
+    if not is_private(folder):
+        raise HostError(f"{folder} was made by somebody else", f"look at it: ls -ld {folder}")
+    return folder
+
+
 def require_space(path: Path, need_bytes: int, purpose: str) -> None:
     """Raise HostError when the disk below `path` has less than `need_bytes` free."""
     probe = path
@@ -111,7 +128,8 @@ def require_space(path: Path, need_bytes: int, purpose: str) -> None:
         raise HostError(
             f"{purpose} needs {need_bytes // 2**20} MB on the disk of {probe}, "
             f"{free // 2**20} MB are free",
-            "free some space (ravectl gc), or set RAVECTL_CACHE_DIR to a larger disk",
+            "free some space (ravectl gc), or move the cache to a larger disk: "
+            f"mv {shlex.quote(str(cache_dir()))} NEW; export RAVECTL_CACHE_DIR=NEW",
         )
 
 
@@ -219,7 +237,9 @@ def lock(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
     `what` says what is locked, for the message. With `wait` it blocks (and says so on
     stderr), else RavectlError is raised while another process holds it.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_FILE)
+    # a link that somebody else put there would have us truncate what it names
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(path, flags, PRIVATE_FILE)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -247,15 +267,12 @@ def in_memory() -> Iterator[Path]:
 
     What a killed process left there is removed by the next one.
     """
-    parent = Path("/dev/shm") / f"ravectl-{os.geteuid()}"  # noqa: S108 - a tmpfs
     try:
-        parent.mkdir(mode=PRIVATE_DIR, exist_ok=True)
+        parent = _own_folder(Path("/dev/shm"))  # noqa: S108 - a tmpfs
     except OSError:
         raise HostError(
             "this host has no /dev/shm that can be written", "mount a tmpfs there"
         ) from None
-    if not is_private(parent):
-        raise HostError(f"{parent} was made by somebody else", f"look at it: ls -ld {parent}")
     with staging(parent, "memory") as made:
         yield made
 
@@ -288,6 +305,9 @@ def staging(parent: Path, prefix: str) -> Iterator[Path]:
 
 def _sweep(parent: Path, prefix: str) -> None:
     for folder in parent.glob(f"{prefix}.*"):
+        with contextlib.suppress(FileNotFoundError):  # its maker has ended meanwhile
+            if folder.lstat().st_uid != os.geteuid():
+                continue
         if folder.name.endswith(".lock"):
             if not folder.with_name(folder.name.removesuffix(".lock")).exists():
                 folder.unlink(missing_ok=True)

@@ -31,6 +31,7 @@ from ravectl.model import (
 from ravectl.render import render, write_tree
 from ravectl.workspace import Workspace
 
+NPM_BYTES = 2**28  # of a part from npm, while it is brought into Nix's store: measured 138 MB
 PARTS = ("vmlinuz", "initrd", inventory.NAME)  # beside the disk, where the engine makes them
 IMAGE_BYTES = 3 * 2**30  # of disk while an image is made: raw and converted, measured 2.3 GB
 
@@ -128,6 +129,7 @@ def render_nixos(plans: tuple[Plan, ...], flake_lock: str | None = None) -> Rend
             required=vault.required(plan),
             bundle_magic=vault.MAGIC,
             made=nix.TEST_VALUES,
+            kanban=debian.KANBAN,
         )
         rows = (*machine.files, *dispatcher_code("dispatcher"))
         found += [replace(f, path=f"modules/{plan.hostname}/{f.path}") for f in rows]
@@ -207,7 +209,9 @@ def _publish(made: Path, folder: Path) -> None:
         for path in signatures.glob("*.sig") if signatures.is_dir() else ():
             if not (made / signing.SIGNATURES / path.name).exists():
                 shutil.copy(path, made / signing.SIGNATURES)
-    files.remove_tree(folder)
+    # moved away, and removed with what was staged: who reads it meanwhile finds one or the other
+    if folder.exists():
+        folder.rename(made.with_name("former"))
     made.rename(folder)
 
 
@@ -247,7 +251,7 @@ def make_image(inputs: Inputs | NixInputs, target: Path) -> None:
 
 def _make_debian(inputs: Inputs, target: Path) -> None:
     image = disk_of(target, inputs.format)
-    with files.staging(files.fast_tmp(2 * 2**30), "ravectl-root") as work:
+    with files.staging(files.private_tmp(2 * 2**30), "ravectl-root") as work:
         root = work / "root"
         with console.step("configuration"):
             debian.copy_root(inputs.base.root, root)
@@ -290,8 +294,18 @@ def build_nixos(inputs: NixInputs, *, rebuild: bool = False) -> nix.Built:
     """What Nix makes of these inputs, kept from its garbage collector.
 
     With `rebuild` its disk is built once more and compared: the file system, or what NixOS makes of
-    it in another format, not what only names or converts that. Raises as nix.build does.
+    it in another format, not what only names or converts that. Raises as nix.build does, and as
+    debian.fetch_part: nixpkgs does not have all of it.
     """
+    nix.require()
+    part = debian.KANBAN
+    # offline, what was built from it may be there, and then it is not missed
+    if not inputs.offline and not nix.holds(part.tarball, part.integrity):
+        with (
+            console.step(f"npm part {part.name}"),
+            files.staging(files.private_tmp(NPM_BYTES), "ravectl-npm") as stage,
+        ):
+            nix.hold(debian.fetch_part(part, stage))
     link = nix.root_of(files.cache_dir(), inputs.digest)
     attribute = nix.attribute(inputs.plan.hostname, inputs.format)
     with nix.written(lambda folder: write_tree(inputs.tree, folder)) as flake:
@@ -301,6 +315,7 @@ def build_nixos(inputs: NixInputs, *, rebuild: bool = False) -> nix.Built:
             inputs.settings,
             offline=inputs.offline,
             rebuild=rebuild,
+            held=(part.tarball,),
         )
         again = " --rebuild" if rebuild else ""
         with console.step(f"nix build{again} {wanted.attribute}") as step:
@@ -409,9 +424,15 @@ def find(digest: str) -> Image:
 
 
 def below(overlay: Path) -> str | None:
-    """The digest of the image that a disk lies on, None when there is no disk.
+    """The digest of the image that a disk lies on; None and raises as folder_below."""
+    folder = folder_below(overlay)
+    return None if folder is None else folder.name
 
-    Raises RavectlError when the disk does not say.
+
+def folder_below(overlay: Path) -> Path | None:
+    """The folder of the image that a disk lies on, None when there is no disk.
+
+    It may be gone, or in a cache of before. Raises RavectlError when the disk does not say.
     """
     if not files.is_there(overlay):
         return None
@@ -424,26 +445,45 @@ def below(overlay: Path) -> str | None:
             f"{overlay} does not lie on an image of the store",
             f"see on what: qemu-img info -U {shlex.quote(str(overlay))}",
         )
-    return image.name
+    return image
 
 
 # --- who uses them -----------------------------------------------------------------------------
 
 
-def add_root(uuid: str, folder: Path) -> None:
-    """Remember that the instance in `folder` uses the store, so that gc asks it before."""
-    link = files.make_dir(files.cache_dir() / "roots") / uuid
-    link.unlink(missing_ok=True)
-    link.symlink_to(folder)
+@dataclass(frozen=True)
+class Root:
+    """An instance that uses the store: a link to its folder, named UUID.IMAGE.PLACE."""
+
+    link: Path
+    folder: Path
+
+    @property
+    def image(self) -> str | None:
+        """The image that it had at its last start; None when its link does not say."""
+        return self.link.name.split(".")[1] if "." in self.link.name else None
+
+    @property
+    def is_there(self) -> bool:
+        """Whether its folder is at its place: not moved, and not on a disk that is not mounted."""
+        return self.folder.is_dir()
 
 
-def roots() -> list[Path]:
-    """The folders of all instances that use the store; those that are gone are forgotten."""
-    found = []
+def add_root(uuid: str, folder: Path, image: str) -> None:
+    """Remember that the instance in `folder` uses `image`, so that gc keeps it."""
+    parent = files.make_dir(files.cache_dir() / "roots")
+    # the place is part of the name, for a copy of a workspace has the same UUID
+    link = parent / f"{uuid}.{image}.{files.digest_bytes(os.fsencode(folder))[:8]}"
+    if not link.is_symlink():  # first the new one: gc may look at any moment
+        link.symlink_to(folder)
+    for old in roots():
+        mine = old.link != link and old.link.name.partition(".")[0] == uuid
+        if mine and (old.folder == folder or not old.is_there):
+            old.link.unlink(missing_ok=True)
+
+
+def roots() -> list[Root]:
+    """Every instance that uses the store, also those whose folder is not there now."""
     parent = files.cache_dir() / "roots"
-    for link in sorted(parent.iterdir()) if parent.is_dir() else []:
-        if link.is_dir():
-            found.append(link.readlink())
-        elif link.is_symlink():
-            link.unlink()
-    return found
+    links = sorted(parent.iterdir()) if parent.is_dir() else []
+    return [Root(link, link.readlink()) for link in links if link.is_symlink()]

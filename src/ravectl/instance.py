@@ -2,7 +2,8 @@
 
 A process is ours when it runs QEMU under our uid with this instance's UUID (128 random bits)
 on its command line. No pid is kept anywhere, so none can go stale: a reboot of the host or a
-number that now belongs to another process changes nothing.
+number that now belongs to another process changes nothing. A copy of a workspace has the same
+UUID: what runs is told by the disk that it has open.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from ravectl.model import (
 )
 from ravectl.workspace import Workspace
 
+DEFAULT_NAME = "default"
 PINS_FILE = "ssh_host_keys.pub"
 POWERED_OFF = "reboot: Power down"  # the kernel's last words at an orderly end
 PANIC = "Kernel panic - not syncing"
@@ -90,6 +92,15 @@ class Instance:
         self._record_file = folder / "instance.json"
 
     @property
+    def flag(self) -> str:
+        """What a command line needs so that this instance is meant."""
+        return "" if self.name == DEFAULT_NAME else f" --name {self.name}"
+
+    def verb(self, verb: str) -> str:
+        """The command line of a verb for this instance."""
+        return f"ravectl {verb}{self.flag}"
+
+    @property
     def record(self) -> Record | None:
         """What is remembered; None for a new instance. Raises RavectlError when damaged."""
         if not files.is_there(self._record_file):
@@ -114,9 +125,14 @@ class Instance:
         end = f"end it first (kill {running.pid}); " if running else ""
         return RavectlError(
             text,
-            f"{before}{end}to keep what is on its disk, copy {shlex.quote(str(self.overlay))} "
-            f"away; then throw the instance away: rm -r {shlex.quote(str(self.folder))}",
+            f"{before}{end}to keep what is on its disk: {self.save_disk}; then throw the instance "
+            f"away: rm -r {shlex.quote(str(self.folder))}",
         )
+
+    @property
+    def save_disk(self) -> str:
+        """The command that keeps what is on its disk: a copy of the file would need its image."""
+        return f"qemu-img convert -O qcow2 {shlex.quote(str(self.overlay))} ELSEWHERE.qcow2"
 
     def require_no_lost_disk(self) -> None:
         """RavectlError when there is a disk, and no record to say whose it is and of what image."""
@@ -139,7 +155,9 @@ class Instance:
         """The record; RavectlError when there is none."""
         record = self.record
         if record is None:
-            raise RavectlError(f"there is no instance {self.name!r} here", "make it: ravectl up")
+            raise RavectlError(
+                f"there is no instance {self.name!r} here", f"make it: {self.verb('up')}"
+            )
         return record
 
     @contextlib.contextmanager
@@ -152,16 +170,25 @@ class Instance:
     # --- the process ---------------------------------------------------------------------------
 
     def process(self) -> Process | None:
-        """Our QEMU if it runs, found by its UUID."""
+        """Our QEMU if it runs, found by its UUID; RavectlError when it runs on another's disk."""
         record = self.record
-        return None if record is None else find_process(record.uuid)
+        found = None if record is None else find_process(record.uuid)
+        other = None if found is None else _other_folder(found.pid, self.overlay)
+        if other is not None:
+            place = shlex.quote(str(Workspace(other.parents[2]).root))
+            raise RavectlError(
+                f"the machine of {self.folder} runs in {other}: one is a copy of the other",
+                f"stop it there: ravectl down --workspace {place} --name {other.name}; or have "
+                f"none here, and lose this disk: rm -r {shlex.quote(str(self.folder))}",
+            )
+        return found
 
     def state(self) -> InstanceState:
-        """What is true now: by the process, and by how the last one ended."""
+        """What is true now: by the process, and by how the last one ended. Raises as process."""
         record = self.record
         if record is None:
             return InstanceState.ABSENT
-        if find_process(record.uuid):
+        if self.process():
             return InstanceState.RUNNING
         if record.up and POWERED_OFF not in self.console_tail(5):
             return InstanceState.CRASHED
@@ -188,7 +215,7 @@ class Instance:
             ssh_port, https_port = (record.ports[str(p)] for p in (SSH_PORT, INGRESS_PORT))
         except KeyError:
             raise RavectlError(
-                f"instance {self.name!r} was never started", "start it: ravectl up"
+                f"instance {self.name!r} was never started", f"start it: {self.verb('up')}"
             ) from None
         return Endpoint(ssh_port, https_port, record.plan.operator)
 
@@ -215,7 +242,8 @@ class Instance:
         found = tuple(line for line in lines if credentials.is_ssh_public(line))
         if not found:
             raise RavectlError(
-                f"the host key of instance {self.name!r} is not known", "ravectl up learns it"
+                f"the host key of instance {self.name!r} is not known",
+                f"{self.verb('up')} learns it",
             )
         return found
 
@@ -239,6 +267,7 @@ class Instance:
             user=endpoint.operator,
             key_file=key_file or self.operator_key().file,
             host_keys=self.pins(),
+            flag=self.flag,
         )
 
     def known_hosts(self) -> Path:
@@ -297,6 +326,27 @@ def find_process_on(disk: Path) -> Process | None:
         return any(f.resolve() == real for f in named)
 
     return _find(holds)
+
+
+def _other_folder(pid: int, overlay: Path) -> Path | None:
+    """The folder of another instance whose disk a QEMU has open instead of `overlay`.
+
+    None also when nobody can say: it may just be starting, or its disk was removed meanwhile.
+    """
+    other = None
+    with contextlib.suppress(OSError):
+        for fd in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                file = fd.readlink()
+                if file.name != overlay.name:
+                    continue
+                # the file and not its name, for a workspace may be moved while its machine runs
+                if overlay.exists() and fd.samefile(overlay):
+                    return None
+                # an image of the store has a disk of this name, too
+                if (file.parent / "instance.json").exists():
+                    other = file.parent
+    return other
 
 
 def _has_uuid(uuid: str) -> Callable[[list[bytes]], bool]:

@@ -33,7 +33,6 @@ from ravectl.errors import DeadlineError, HostError, RavectlError
 from ravectl.instance import (
     Instance,
     Record,
-    find_process,
     new_record,
     send_signal,
     tail,
@@ -56,6 +55,7 @@ from ravectl.workspace import Workspace
 UP_SECONDS = 300.0  # on a loaded host under TCG a boot takes up to 150 s
 DOWN_SECONDS = 60.0
 QUIT_SECONDS = 10.0
+GO_ON_SECONDS = 1.0  # what could not be written is tried again at once
 MAX_PANICS = 2
 KERNEL_STUCK_SECONDS = 60.0
 
@@ -98,6 +98,7 @@ def up(
     with instance.lock():
         if instance.state() is InstanceState.RUNNING:
             record = instance.require_record()
+            _go_on(instance)
             _learn_host_key(instance, identity)
             return Started(instance, True, record.accelerator, 0.0, 0.0)
         command.find_tool(qemu.PROGRAM, "install it: apt-get install qemu-system-x86")
@@ -117,6 +118,27 @@ def up(
                 ) from None
             console.note(f"KVM stopped the machine ({e}); once more, emulated (TCG)")
             return _start(instance, image, opener, Accelerator.TCG, deadline, keep_failed)
+
+
+def _go_on(instance: Instance) -> None:
+    """Let a machine run on that QEMU stopped, as it does when this host's disk is full.
+
+    Raises RavectlError when it stops it again.
+    """
+    with contextlib.suppress(ConnectionError, DeadlineError), instance.ask() as monitor:
+        before = monitor.ask("query-status")["status"]
+        if before not in ("io-error", "paused"):
+            return
+        monitor.ask("cont")
+        time.sleep(GO_ON_SECONDS)
+        status = monitor.ask("query-status")["status"]
+        if status != "running":
+            raise RavectlError(
+                f"QEMU stopped the machine, and again when told to go on ({status})",
+                f"make room on this host's disk (df -h {shlex.quote(str(instance.folder))}), "
+                f"then: {instance.verb('up')}",
+            )
+        console.note(f"QEMU had stopped the machine ({before}); it goes on")
 
 
 def _learn_host_key(instance: Instance, identity: sops.Identity | None) -> None:
@@ -144,10 +166,11 @@ def _prepare(instance: Instance, plan: Plan, get_image: Callable[[], Image]) -> 
         if record.plan != plan.on(record.engine):
             console.warn(
                 f"instance {instance.name!r} keeps the machine that it was made from; the profile "
-                "has changed since: ravectl reset moves to it and loses what is on the disk"
+                f"has changed since: {instance.verb('reset')} moves to it and loses what is on the "
+                "disk"
             )
         image = _image_of(instance, record.image)
-        signing.verify(instance.workspace, image)
+        _verify_below(instance, image)
     else:
         image = get_image()
         signing.verify(instance.workspace, image)
@@ -161,24 +184,53 @@ def _prepare(instance: Instance, plan: Plan, get_image: Callable[[], Image]) -> 
             record.accelerator, record.ports, None, up=False,
         )  # fmt: skip
     instance.save(record)
-    images.add_root(record.uuid, instance.folder)
+    images.add_root(record.uuid, instance.folder, image.digest)
     # the cache may have moved since: the overlay names its image by path
     command.run(
         ["qemu-img", "rebase", "-u", "-f", "qcow2", "-F", image.format, "-b", image.disk,
          instance.overlay],
-        hint="the disk is damaged; ravectl reset makes a new one (what is on it is lost)",
+        hint="see the reason above; if another program has the disk, wait for it; else look at "
+        f"it: qemu-img check {shlex.quote(str(instance.overlay))}",
     )  # fmt: skip
     return image
+
+
+def _verify_below(instance: Instance, image: Image) -> None:
+    """signing.verify of the image that a disk lies on, which no other can replace."""
+    try:
+        signing.verify(instance.workspace, image)
+    except signing.AlteredError as e:
+        raise signing.AlteredError(
+            e.message,
+            f"the disk of {instance.name!r} needs exactly this image, so first keep what is on it: "
+            f"{instance.save_disk}; {e.hint}",
+        ) from None
 
 
 def _image_of(instance: Instance, digest: str) -> Image:
     try:
         return images.find(digest)
     except RavectlError as e:
+        _require_no_other_cache(instance)
         raise RavectlError(
             f"the image {digest} of instance {instance.name!r} cannot be used: {e.message}",
-            "make it again: ravectl build; or give the instance up: ravectl reset",
+            f"make it again: ravectl build; or give the instance up: {instance.verb('reset')}",
         ) from None
+
+
+def _require_no_other_cache(instance: Instance) -> None:
+    """RavectlError when the disk's image is where the cache was before."""
+    there = None
+    with contextlib.suppress(RavectlError):  # a disk that does not say
+        there = images.folder_below(instance.overlay)
+    if there is None or there.parent == images.store_dir() or not there.is_dir():
+        return
+    old, new = (shlex.quote(str(p)) for p in (there.parent, images.store_dir()))
+    raise RavectlError(
+        f"the image of instance {instance.name!r} is in another cache: {there}",
+        f"use that: export RAVECTL_CACHE_DIR={shlex.quote(str(there.parents[1]))}; or bring it "
+        f"here: mkdir -p {new}; mv {old}/{there.name} {new}",
+    )
 
 
 def _make_overlay(overlay: Path, image: Image) -> None:
@@ -358,7 +410,7 @@ def _launch(
             guard.abandon()
         else:
             guard.release()
-            console.note(f"the machine was left as it is; end it: {_verb('down', instance)}")
+            console.note(f"the machine was left as it is; end it: {instance.verb('down')}")
         raise
 
 
@@ -465,7 +517,7 @@ class _Watch:
                 raise _NoKvmError("internal-error")
             raise RavectlError(
                 f"QEMU stopped the machine ({status})",
-                "see the space on this host's disk, then: ravectl up",
+                f"see the space on this host's disk, then: {self._instance.verb('up')}",
                 details=self._instance.console_tail(15),
             )
 
@@ -482,7 +534,7 @@ def _connected(
     except DeadlineError as e:
         raise DeadlineError(
             "the machine's SSH server did not answer in time",
-            f"look at its console: {_verb('console', instance)}; on a loaded host: --timeout",
+            f"look at its console: {instance.verb('console')}; on a loaded host: --timeout",
             details=instance.console_tail(15) or e.details,
         ) from None
     with connection:
@@ -529,7 +581,7 @@ def _wait_healthy(
     if broken:
         raise RavectlError(
             "the connection to the machine broke while its services started",
-            f"look at its console: {_verb('console', instance)}",
+            f"look at its console: {instance.verb('console')}",
             details=instance.console_tail(15),
         )
     raise _unhealthy(instance, connection, last)
@@ -553,13 +605,9 @@ def _unhealthy(
     kind: type[RavectlError] = RavectlError if last.failed else DeadlineError
     return kind(
         f"service {name} ({unit}) {how}{more}",
-        f"look closer: ravectl up --keep-failed, then {_verb('logs ' + name, instance)}",
+        f"look closer: {instance.verb('up --keep-failed')}, then {instance.verb('logs ' + name)}",
         details=lines or instance.console_tail(12),
     )
-
-
-def _verb(verb: str, instance: Instance) -> str:
-    return f"ravectl {verb}" + ("" if instance.name == "default" else f" --name {instance.name}")
 
 
 # --- down, reset -------------------------------------------------------------------------------
@@ -573,7 +621,7 @@ def down(instance: Instance, timeout: float = DOWN_SECONDS) -> str:
     """
     with instance.lock():
         record = instance.require_record()
-        if find_process(record.uuid) is None:
+        if instance.process() is None:
             instance.update(up=False)
             return "it was not running"
         with console.step(f"stopping {instance.name}") as step:
@@ -583,11 +631,15 @@ def down(instance: Instance, timeout: float = DOWN_SECONDS) -> str:
 
 
 def _stop(instance: Instance, uuid: str, timeout: float, step: console.Step) -> str:
+    why = "the guest did not react"
     with contextlib.suppress(RavectlError, ConnectionError):
         with instance.ask() as monitor:
-            running = monitor.ask("query-status")["status"] == "running"
+            status = monitor.ask("query-status")["status"]
+            running = status == "running"
             if running:
                 monitor.ask("system_powerdown")
+            else:
+                why = f"the guest could not react, for QEMU had stopped it ({status})"
         step.update("the guest shuts down")
         if running and wait_gone(uuid, timeout):
             return "the guest shut down"
@@ -596,7 +648,7 @@ def _stop(instance: Instance, uuid: str, timeout: float, step: console.Step) -> 
         with instance.ask() as monitor:
             monitor.ask("quit")
         if wait_gone(uuid, QUIT_SECONDS):
-            return "the guest did not react; QEMU quit"
+            return f"{why}; QEMU quit"
     for number in (signal.SIGTERM, signal.SIGKILL):
         step.update(number.name)
         send_signal(uuid, number)
@@ -626,13 +678,13 @@ def connection_to(instance: Instance) -> Iterator[ssh.Connection]:
     state = instance.state()
     if state is not InstanceState.RUNNING:
         raise RavectlError(
-            f"instance {instance.name!r} is {state.value}", f"start it: {_verb('up', instance)}"
+            f"instance {instance.name!r} is {state.value}", f"start it: {instance.verb('up')}"
         )
     try:
         connection = connect_again(instance)
     except OSError as e:
         raise RavectlError(
-            f"the machine does not answer: {e}", f"see {_verb('status', instance)}"
+            f"the machine does not answer: {e}", f"see {instance.verb('status')}"
         ) from None
     with connection:
         yield connection

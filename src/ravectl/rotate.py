@@ -118,6 +118,22 @@ def check_names(names: Iterable[str], declared: Sequence[Secret] = SECRETS) -> N
         _require_rotatable(declared, name)
 
 
+def left_out(
+    names: Iterable[str], declared: Sequence[Secret] = SECRETS
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of these names, those shared ones that a rotation of all leaves as they are. Pure.
+
+    First those that `rotate-secrets NAME` makes anew, then those that a person gave.
+    """
+    there = set(names)
+    shared = [s for s in declared if s.scope is SecretScope.WORKSPACE and s.name in there]
+    made = (s for s in shared if not s.in_all and s.kind is not SecretKind.CA_CERT)
+    return (
+        tuple(s.name for s in made if _is_made(s)),
+        tuple(s.name for s in shared if s.kind is SecretKind.GIVEN),
+    )
+
+
 def _is_made(s: Secret) -> bool:
     return s.scope is not SecretScope.DERIVED and s.kind is not SecretKind.GIVEN
 
@@ -184,6 +200,18 @@ def rotated(
     if OPERATOR_KEY in wanted:
         operator = credentials.new_value(SecretKind.SSH_KEY)
     return replace(before, shared=shared, machines=machines, operator=operator)
+
+
+def signed(secrets: Secrets, plans: Mapping[str, Plan], now: datetime.datetime) -> Secrets:
+    """The same with certificates by the authority that they share: git may have brought it. Pure.
+
+    Clients are told of that authority, so a machine with a certificate by another is refused.
+    """
+    machines = {
+        m: vault.complete_machine(held, plans[m], secrets.shared, now)
+        for m, held in secrets.machines.items()
+    }
+    return replace(secrets, machines=machines)
 
 
 def differences(before: Secrets, after: Secrets) -> tuple[str, ...]:
@@ -501,7 +529,7 @@ class Change:
         if recipient is None:
             raise RavectlError(
                 f"machine {guest.instance.name!r} was started by an older ravectl",
-                "start it anew: ravectl down; ravectl up",
+                f"start it anew: {guest.instance.verb('down')}; {guest.instance.verb('up')}",
             )
         return vault.bundle_for(guest.engine, guest.plan, good.files, serial, recipient)
 
@@ -647,7 +675,8 @@ def change(
     with _held(workspace):
         _recover(workspace, identity)
         made = Change(workspace, identity, action, reader)
-        return made.run(lambda before: decide(before, made.plans()))
+        plans = made.plans()
+        return made.run(lambda before: signed(decide(before, plans), plans, vault.now()))
 
 
 def recover(workspace: Workspace, identity: sops.Identity) -> None:

@@ -191,8 +191,9 @@ def unsigned_parts(image: Image) -> list[str]:
 def _altered(image: Image, why: str) -> AlteredError:
     return AlteredError(
         f"image {image.digest} was changed after it was signed: {why}",
-        "find out who wrote there; then remove it and build again: "
-        f"rm -r {shlex.quote(str(image.folder))}; ravectl build",
+        # no rm: a machine's disk may lie on it, and is worth nothing without it
+        "find out who wrote there; then move it out of the store and build again: "
+        f"mv {shlex.quote(str(image.folder))} ELSEWHERE; ravectl build",
     )
 
 

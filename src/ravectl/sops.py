@@ -293,10 +293,11 @@ def take_back(where: Path, *, gone: bool = False) -> str:
     folder, name = shlex.quote(str(where.parent)), shlex.quote(where.name)
     # by the whole place: a workspace may itself lie below some folder .rave
     match where.parts:
-        case [*_, ".rave", "instances", _, _]:
+        case [*_, ".rave", "instances", instance, _]:
+            flag = "" if instance == "default" else f" --name {instance}"
             return (
                 "a machine's own secrets are made anew, with another host key and certificate: "
-                f"rm -f {shlex.quote(str(where))}, then ravectl down and ravectl up"
+                f"rm -f {shlex.quote(str(where))}, then ravectl down{flag} and ravectl up{flag}"
             )
         case [*_, ".rave", "rotation", _]:
             return (

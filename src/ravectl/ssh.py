@@ -78,6 +78,7 @@ class Target:
     user: str
     key_file: Path
     host_keys: tuple[str, ...]  # "ssh-ed25519 AAAA..."; several while they are rotated
+    flag: str = ""  # what a command line needs so that this machine is meant
 
     @property
     def known_hosts(self) -> str:
@@ -120,12 +121,14 @@ class Connection:
         on_out: Callable[[bytes], None],
         on_err: Callable[[bytes], None],
         *,
-        stdin: bytes = b"",
+        stdin: bytes | Callable[[], bytes] = b"",
         timeout: float = 60.0,
     ) -> int:
         """Run a command, pass on what it prints as it comes, and return its exit code.
 
-        Raises DeadlineError, and ConnectionError when the connection breaks.
+        `stdin` may be a function that reads a piece of it, empty at the end, for what is large
+        or comes slowly; nobody waits for it when the command has ended. Raises DeadlineError, and
+        ConnectionError when the connection breaks.
         """
         deadline = time.monotonic() + timeout
         with self._slots, self._channel(timeout) as channel:
@@ -253,7 +256,7 @@ def connect_when_ready(
             time.sleep(POLL_SECONDS)
     raise DeadlineError(
         f"no SSH server answered on port {target.port} in time",
-        "see what the machine says: ravectl console",
+        f"see what the machine says: ravectl console{target.flag}",
     )
 
 
@@ -312,7 +315,7 @@ def _connect(target: Target, timeout: float) -> paramiko.Transport:
         if not is_pinned(target, seen):
             raise HostKeyError(
                 f"port {target.port} is answered by a machine with another SSH host key",
-                "another program has taken the port: ravectl down, then ravectl up",
+                _taken(target),
             )
         key = paramiko.Ed25519Key.from_private_key_file(str(target.key_file))
         transport.auth_publickey(target.user, key)
@@ -321,13 +324,13 @@ def _connect(target: Target, timeout: float) -> paramiko.Transport:
         raise RefusedError(
             f"the machine refused the key of {target.user}",
             "end a rotation that was cut short: ravectl secrets deliver; else hand the key of "
-            "today over: ravectl down; ravectl up",
+            f"today over: ravectl down{target.flag}; ravectl up{target.flag}",
         ) from None
     except paramiko.ssh_exception.IncompatiblePeer as e:
         transport.close()
         raise HostKeyError(
             f"port {target.port} is answered by a machine without our SSH host key ({e})",
-            "another program has taken the port: ravectl down, then ravectl up",
+            _taken(target),
         ) from None
     except (paramiko.SSHException, OSError, EOFError) as e:
         transport.close()
@@ -345,10 +348,19 @@ def _connect(target: Target, timeout: float) -> paramiko.Transport:
     return transport
 
 
-def _feed(channel: paramiko.Channel, data: bytes) -> None:
+def _taken(target: Target) -> str:
+    flag = target.flag
+    return f"another program has taken the port: ravectl down{flag}, then ravectl up{flag}"
+
+
+def _feed(channel: paramiko.Channel, data: bytes | Callable[[], bytes]) -> None:
     with contextlib.suppress(OSError):
-        if data:
+        if isinstance(data, bytes):
             channel.sendall(data)
+        else:
+            for piece in iter(data, b""):
+                channel.sendall(piece)
+    with contextlib.suppress(OSError):
         channel.shutdown_write()
 
 

@@ -341,7 +341,11 @@ def ensure(workspace: Workspace, secrets: tuple[Secret, ...], identity: sops.Ide
     """
     places = Places(workspace)
     if not os.path.lexists(places.shared) and not os.path.lexists(places.rules):
-        init(workspace, secrets, identity)
+        try:
+            init(workspace, secrets, identity)
+        except UsageError:
+            if not os.path.lexists(places.shared):  # else another ravectl made them meanwhile
+                raise
     workspace.prepare()
     with files.lock(places.lock, "the workspace's secrets", wait=True):
         journal.settle(workspace.root, workspace.state)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import pwd
 import re
 import shlex
 import stat
@@ -136,6 +137,12 @@ class Workspace:
                 f"{self.state} is no folder, and ravectl keeps what is its own in one",
                 f"move it away: mv {quoted} {quoted}.old",
             )
+        if there and (owner := _other_owner(self.state)) is not None:
+            raise HostError(
+                f"{self.state} belongs to {owner}, so ravectl did not make it here for you",
+                f"work as {owner}; or in a folder of your own: --workspace FOLDER; or if it is "
+                f"yours: sudo chown -R {os.geteuid()} {shlex.quote(str(self.root))}",
+            )
         if there and not files.is_private(self.state):
             raise HostError(
                 f"{self.state} is not private to you, so ravectl did not make it here",
@@ -146,6 +153,16 @@ class Workspace:
         if not ignore.exists():
             files.write_atomic(ignore, "*\n", files.PRIVATE_FILE)
         return self
+
+
+def _other_owner(folder: Path) -> str | None:
+    """The account that a folder belongs to, None when it is ours."""
+    uid = folder.lstat().st_uid
+    if uid == os.geteuid():
+        return None
+    with contextlib.suppress(KeyError):
+        return pwd.getpwuid(uid).pw_name
+    return f"the account {uid}"
 
 
 def find(start: Path | None = None, override: Path | None = None) -> Workspace:

@@ -212,7 +212,18 @@ def test_a_changed_byte(
     CHANGES[what](site.folder)
     with pytest.raises(signing.AlteredError, match="changed after it was signed") as e:
         site.verify()
-    assert f"rm -r {site.folder}" in e.value.hint
+    assert f"mv {site.folder} ELSEWHERE" in e.value.hint
+
+
+def test_of_a_changed_image_below_a_disk_the_disk_is_saved_first(site: Site) -> None:
+    """It lies on this very image, and no other can replace that."""
+    flip(site.folder / "disk.qcow2")
+    made = Instance(site.space.instance_dir("default"), "default")
+    with pytest.raises(signing.AlteredError) as e:
+        lifecycle._verify_below(made, images.find(DIGEST))
+    kept = e.value.hint.index(f"qemu-img convert -O qcow2 {made.overlay}")
+    assert kept < e.value.hint.index(f"mv {site.folder}")
+    assert "rm -r" not in e.value.hint
 
 
 def test_another_images_signed_manifest(site: Site) -> None:

@@ -324,7 +324,9 @@ def test_teammates_come_and_go(made: Tool, tmp_path: Path) -> None:
     done = made("secrets", "recipients", "--remove", ours, code=2)
     assert "could not open the secrets yourself" in done.stderr
     done = made("secrets", "recipients", "--remove", mate)
-    assert "knows the values so far: ravectl rotate-secrets" in done.stderr
+    assert "knows the values so far: ravectl rotate-secrets --no-grace" in done.stderr
+    assert ": ravectl rotate-secrets ca/key grafana/secret-key --no-grace" in done.stderr
+    assert "revoke it at its issuer" not in done.stderr, "nothing was given"
     assert explained(made("secrets", "get", "ccr/api-key", env=hers, code=1))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ravectl import command
+from ravectl import command, console
 from ravectl.errors import DeadlineError, HostError, RavectlError
 
 
@@ -40,6 +40,18 @@ def test_failure_quotes_the_command_and_blanks_secrets() -> None:
     assert "exit 3" in error.message
     assert "no [redacted] here" in error.details
     assert "hunter2" not in error.message + error.hint + error.details
+
+
+def test_a_command_is_said_to_those_who_ask(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command.run(["true", "quiet"])
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(console, "_verbose", True)
+    url = "https://ada:pass@mirror.test/d"  # pragma: allowlist secret
+    command.run(["true", "two\nlines", "hunter2", url], redact=["hunter2"])
+    told = capsys.readouterr().err
+    assert told == "run: true 'two\\nlines' [redacted] https://[redacted]@mirror.test/d\n"
 
 
 def test_missing_program_is_the_hosts_fault() -> None:

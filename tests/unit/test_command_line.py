@@ -161,6 +161,45 @@ def test_no_lines_of_a_console_are_none(stopped: Tool) -> None:
     assert stopped("logs", "-n", "all", "-S", "-1h", "-p", "0..4").stdout == "one\ntwo\n"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [("down", "--timeout", "inf"), ("down", "--timeout", "-1"), ("up", "--timeout", "nan"),
+     ("exec", "--timeout", "inf", "--", "true"), ("verify", "--watch", "--interval", "inf")],
+    ids=" ".join,
+)  # fmt: skip
+def test_what_is_no_time_to_wait_is_told(stopped: Tool, words: tuple[str, ...]) -> None:
+    done = stopped(*words, code=2)
+    assert explained(done)
+    assert "is no time to wait" in done.stderr
+
+
+def test_a_value_that_is_no_text_is_told(tool: Tool) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ravectl", "secrets", "set", "agents/anthropic-api-key"],
+        env=tool.environment, input=b"\xff\xfe" * 10, capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert b"agents/anthropic-api-key is not text" in done.stderr
+
+
+def test_init_below_a_workspace_says_which_it_is(tool: Tool) -> None:
+    (tool.workspace / "rave.yaml").write_text("extends: safe\n")
+    below = tool.workspace / "below"
+    below.mkdir()
+    environment = {k: v for k, v in tool.environment.items() if k != "RAVECTL_WORKSPACE"}
+    argv = [sys.executable, "-m", "ravectl", "init", "--identity", str(tool.workspace / "my.key")]
+    said = [
+        subprocess.run(
+            [*argv, *more], env=environment, cwd=below, capture_output=True, text=True, check=True
+        ).stderr
+        for more in ([], ["--workspace", "."])
+    ]
+    assert f"the workspace is {tool.workspace}, which has" in said[0]
+    assert "ravectl init --workspace ." in said[0]
+    assert "ravectl init" not in said[1]
+    assert (below / "secrets.yaml").exists()
+
+
 # --- images --------------------------------------------------------------------------------------
 
 

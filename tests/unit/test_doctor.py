@@ -104,6 +104,15 @@ def test_an_optional_program_is_not_missed(wanted: doctor.Wanted) -> None:
     assert wanted.package in told.remedy
 
 
+def test_where_nix_can_build_nothing_of_debians_engine_is_missed() -> None:
+    host = without("mmdebstrap", "cpio", keyring=None, mirror=None, uid=1000)
+    names = ["root", "mmdebstrap", "cpio", "debian keys", "debian mirror"]
+    assert lacking(host) == names
+    assert lacking(replace(host, nix_ready=True)) == []
+    told = row(host, "root")
+    assert "folder of root's" in told.remedy, "sudo once makes files that only root can use"
+
+
 def test_kvm_is_optional_and_gives_its_own_reason() -> None:
     host = replace(GOOD, kvm=Verdict(False, "no /dev/kvm", "modprobe kvm"))
     assert lacking(host) == []

@@ -139,6 +139,40 @@ def test_staging_of_a_killed_process_is_swept(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_lock_that_is_a_link_touches_nothing(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / "lock").symlink_to("precious")
+    with pytest.raises(OSError, match="symbolic links"), files.lock(tmp_path / "lock", "it"):
+        pass
+    assert (tmp_path / "precious").read_text() == "kept"
+
+
+def test_what_another_account_left_is_not_swept(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can make a file of somebody else")
+    theirs = tmp_path / "build.theirs"
+    theirs.mkdir()
+    os.chown(theirs, 65534, 65534)
+    (tmp_path / "build.theirs.lock").symlink_to("elsewhere")
+    os.chown(tmp_path / "build.theirs.lock", 65534, 65534, follow_symlinks=False)
+    with files.staging(tmp_path, "build"):
+        pass
+    assert theirs.exists()
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_bulky_work_is_in_a_folder_of_ours_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "fast_tmp", lambda need_bytes: tmp_path)
+    made = files.private_tmp(1)
+    assert files.is_private(made)
+    assert made == files.private_tmp(1)
+    made.chmod(0o755)
+    with pytest.raises(HostError, match="somebody else"):
+        files.private_tmp(1)
+
+
 def test_no_room_is_said_before_work_begins(tmp_path: Path) -> None:
     with pytest.raises(HostError, match="are free"):
         files.require_space(tmp_path / "not" / "yet", 10**18, "an image")

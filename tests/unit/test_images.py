@@ -75,7 +75,7 @@ def use(image: str, folder: Path, plan: Plan) -> Instance:
     folder.mkdir(parents=True)
     found = Instance(folder, folder.name)
     record = found.save(replace(new_record(plan, EngineName.DEBIAN), image=image))
-    images.add_root(record.uuid, folder)
+    images.add_root(record.uuid, folder, image)
     return found
 
 
@@ -94,14 +94,53 @@ def test_gc_keeps_what_any_workspace_uses(store: Path, plan: Plan, tmp_path: Pat
     assert not used.exists()
 
 
-def test_gc_forgets_instances_that_are_gone(store: Path, plan: Plan, tmp_path: Path) -> None:
-    used = put(store, "a" * 16, plan)
+def test_gc_keeps_the_image_of_an_instance_that_is_not_there(
+    store: Path, plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its workspace may be moved, or on a disk that is not mounted."""
+    used, unused = put(store, "a" * 16, plan), put(store, "b" * 16, plan)
     found = use("a" * 16, tmp_path / "elsewhere" / "default", plan)
-    (found.folder / "instance.json").unlink()
-    found.folder.rmdir()
+    found.folder.rename(tmp_path / "moved")
+    for dry_run in (True, False):
+        building.collect(dry_run=dry_run)
+        assert used.exists()
+        said = capsys.readouterr().err
+        assert f"was in {found.folder}, which is not there; its image {'a' * 16} is kept" in said
+    assert not unused.exists()
+    subprocess.run(["sh", "-euc", said.partition("gone for good: ")[2]], check=True)
+    assert images.roots() == []
     building.collect(dry_run=False)
     assert not used.exists()
-    assert images.roots() == []
+
+
+def test_an_instance_that_was_moved_is_one_root_and_a_copy_is_another(
+    store: Path, plan: Plan, tmp_path: Path
+) -> None:
+    found = use("a" * 16, tmp_path / "one", plan)
+    uuid = found.require_record().uuid
+    found.folder.rename(tmp_path / "two")
+    images.add_root(uuid, tmp_path / "two", "a" * 16)
+    assert [r.folder for r in images.roots()] == [tmp_path / "two"]
+    (tmp_path / "copy").mkdir()
+    images.add_root(uuid, tmp_path / "copy", "b" * 16)
+    kept = {(r.folder, r.image) for r in images.roots()}
+    assert kept == {(tmp_path / "two", "a" * 16), (tmp_path / "copy", "b" * 16)}
+
+
+def test_gc_removes_nothing_while_an_absent_instance_may_need_it(
+    store: Path, plan: Plan, tmp_path: Path
+) -> None:
+    """A link that an earlier ravectl made names no image."""
+    unused = put(store, "b" * 16, plan)
+    roots = store.parent / "roots"
+    roots.mkdir()
+    (roots / "a-uuid").symlink_to(tmp_path / "gone")
+    with pytest.raises(RavectlError, match="its image is not known") as e:
+        building.collect(dry_run=False)
+    assert unused.exists()
+    subprocess.run(["sh", "-euc", e.value.hint.partition("gone for good: ")[2]], check=True)
+    building.collect(dry_run=False)
+    assert not unused.exists()
 
 
 @pytest.mark.parametrize("record", ["{", '{"form": "99"}', None])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,8 @@ def test_a_damaged_record_is_named(found: Instance, text: str, said: str) -> Non
     (found.folder / "instance.json").write_text(text)
     with pytest.raises(RavectlError, match=said) as e:
         _ = found.record
-    assert f"copy {found.overlay} away; then throw the instance away: rm -r" in e.value.hint
+    kept = f"qemu-img convert -O qcow2 {found.overlay} ELSEWHERE.qcow2"
+    assert f"{kept}; then throw the instance away: rm -r {found.folder}" in e.value.hint
 
 
 @pytest.mark.parametrize("how", ["gone", "a link to nothing"])
@@ -58,8 +60,8 @@ def test_a_disk_without_a_record_is_not_made_anew(
         record.symlink_to("gone")
     with pytest.raises(RavectlError) as e:
         lifecycle._prepare(found, plan, lambda: pytest.fail("an image is made"))
-    assert f"copy {found.overlay} away" in e.value.hint
-    images.add_root("a-uuid", found.folder)
+    assert f"qemu-img convert -O qcow2 {found.overlay} " in e.value.hint
+    images.add_root("a-uuid", found.folder, "a" * 16)
     with pytest.raises(RavectlError):
         building.collect(dry_run=False)
     assert found.overlay.read_text() == "the work of a person"
@@ -97,6 +99,13 @@ def test_how_it_ended_tells_stopped_from_crashed(found: Instance) -> None:
     found.update(up=False)
     found.console_log.write_text("login:\n")
     assert found.state() is InstanceState.STOPPED
+
+
+def test_a_remedy_names_the_instance(tmp_path: Path) -> None:
+    assert Instance(tmp_path, "default").verb("up") == "ravectl up"
+    with pytest.raises(RavectlError) as e:
+        Instance(tmp_path, "other").require_record()
+    assert e.value.hint == "make it: ravectl up --name other"
 
 
 def test_no_record_no_instance(tmp_path: Path) -> None:
@@ -140,6 +149,42 @@ def test_ours_is_found_with_its_start_and_ended(found: Instance, tmp_path: Path)
         instance.send_signal(uuid, instance.signal.SIGTERM)
         ours.wait(timeout=20)
     assert instance.find_process(uuid) is None
+
+
+def test_in_a_copy_of_a_workspace_the_machine_of_the_other_is_left_alone(
+    found: Instance, tmp_path: Path
+) -> None:
+    found.overlay.touch()
+    uuid = found.require_record().uuid
+    image = tmp_path / "images" / "disk.qcow2"  # as the store calls it
+    image.parent.mkdir()
+    image.touch()
+    program = tmp_path / "qemu-system-x86_64"
+    program.symlink_to(sys.executable)
+    script = (
+        "import sys, time; held = [open(f) for f in sys.argv[3:]]; print(flush=True); "
+        "time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [program, "-c", script, "-uuid", uuid, image, found.overlay], stdout=subprocess.PIPE
+    ) as ours:
+        assert ours.stdout is not None
+        ours.stdout.readline()
+        try:
+            copy = Instance(tmp_path / "copy", "copy")
+            shutil.copytree(found.folder, copy.folder)
+            assert found.state() is InstanceState.RUNNING
+            for use in (copy.state, copy.process, lambda: lifecycle.reset(copy)):
+                with pytest.raises(RavectlError, match=f"runs in {found.folder}"):
+                    use()
+            assert copy.overlay.exists()
+            moved = Instance(found.folder.rename(tmp_path / "moved"), "default")
+            assert moved.state() is InstanceState.RUNNING
+            moved.overlay.unlink()
+            assert moved.state() is InstanceState.RUNNING, "only its own disk is gone"
+            assert ours.poll() is None
+        finally:
+            ours.kill()
 
 
 def test_the_console_is_shown_without_control_characters(found: Instance) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 from pathlib import Path
@@ -117,6 +118,13 @@ def test_a_failed_derivation() -> None:
     assert "oh no" in e.details
     assert "-bad.drv" in e.details, "what `nix log` needs"
     assert "nix log" in e.hint
+
+
+def test_a_file_that_none_makes() -> None:
+    """Its derivation fails by intent; what is said of it is what to do."""
+    e = failure("failed", dataclasses.replace(BUILD, held=("bad",)))
+    assert e.message == "bad is not in Nix's store, and Nix cannot fetch it"
+    assert "without --offline" in e.hint
 
 
 def test_a_failed_evaluation() -> None:

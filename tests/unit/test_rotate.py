@@ -49,6 +49,13 @@ def test_without_names_all_that_is_routine() -> None:
     assert chosen(everything=True) == ROUTINE
 
 
+def test_what_all_leaves_out_is_named() -> None:
+    made = {s.name for s in SECRETS if s.kind is not SecretKind.GIVEN}
+    assert rotate.left_out(made) == (("ca/key", "grafana/secret-key"), ())
+    given = ("agents/anthropic-api-key", "alerts/slack-url")
+    assert rotate.left_out({*given, "ccr/api-key"}) == ((), given)
+
+
 def test_names_ssh_and_age() -> None:
     assert chosen("ccr/api-key") == {"ccr/api-key"}
     assert chosen(ssh=True) == {"ssh/host-key", "ssh/operator-key"}

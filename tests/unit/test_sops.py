@@ -86,7 +86,9 @@ def test_what_is_not_by_sops_is_told(keys: list[tuple[Identity, str]], text: str
 
 @pytest.mark.parametrize(
     ("place", "remedy"),
-    [("space/secrets.yaml", "git -C /home/of/space checkout -- secrets.yaml"),
+    [("space/.rave/instances/two/secrets.yaml",
+      "then ravectl down --name two and ravectl up --name two"),
+     ("space/secrets.yaml", "git -C /home/of/space checkout -- secrets.yaml"),
      # a workspace below a folder of that name keeps its own all the same
      (".rave/space/secrets.yaml", "git -C /home/of/.rave/space checkout -- secrets.yaml"),
      ("space/.rave/instances/default/secrets.yaml",

@@ -6,7 +6,9 @@ import dataclasses
 import datetime
 import os
 import subprocess
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ from ravectl import (
     vault,
 )
 from ravectl.errors import HostError, RavectlError, UsageError
+from ravectl.instance import Instance, new_record
 from ravectl.model import EngineName, SecretKind, SecretScope
 from ravectl.plan import SECRETS, make_plan
 from ravectl.sops import Identity
@@ -52,6 +55,44 @@ def made(space: Workspace, identity: Identity) -> Places:
 
 def below(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def test_an_authority_that_git_brought_signs_the_machines_anew(
+    made: Places, identity: Identity
+) -> None:
+    """A teammate rotated ca/key: he has no vault of our machines."""
+    folder = made.workspace.instance_dir("one")
+    record = new_record(PLAN, EngineName.DEBIAN)
+    shared = vault.read(made.shared, identity)
+    vault.ensure_machine(made.workspace, folder, PLAN, shared, identity)
+    Instance(folder, "one").save(record)
+    moment = vault.now()
+    theirs = shared.with_value("ca/key", credentials.new_value(SecretKind.CA_KEY), moment)
+    theirs = vault.renew_authority(theirs.without("ca/cert"), moment)
+    vault.write(made.shared, theirs, made.recipients())
+    assert rotate.deliver(made.workspace, identity).names == ("ingress/tls-cert",)
+    own = vault.read(made.machine(folder), identity).values
+    authority = theirs.values["ca/cert"]
+    assert made.ca_cert.read_text() == authority
+    assert credentials.serves(
+        own["ingress/tls-cert"], own["ingress/tls-key"], authority, PLAN.hostname
+    )
+    assert rotate.deliver(made.workspace, identity).files == ()
+
+
+def test_two_that_make_the_secrets_at_once_have_the_same(
+    space: Workspace, identity: Identity
+) -> None:
+    """As when two machines of a new workspace are started."""
+    both = threading.Barrier(2)
+
+    def ensure(_: int) -> Vault:
+        both.wait(timeout=20)
+        return vault.ensure(space, SECRETS, identity)
+
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(ensure, range(2))
+    assert one == two == vault.read(Places(space).shared, identity)
 
 
 # --- init ----------------------------------------------------------------------------------------

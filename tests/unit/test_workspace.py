@@ -178,6 +178,20 @@ def test_a_state_that_was_not_made_here_is_refused(
     assert "chmod 700" in caught.value.hint
 
 
+def test_a_state_of_another_account_names_it(tmp_path: Path) -> None:
+    """chmod cannot mend that, which is what `sudo ravectl` leaves an ordinary user with."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can make a file of somebody else")
+    found = Workspace(tmp_path).prepare()
+    os.chown(found.state, 65534, 65534)
+    with pytest.raises(HostError, match="belongs to nobody") as caught:
+        found.prepare()
+    assert "chmod" not in caught.value.hint
+    remedy = caught.value.hint.partition("if it is yours: sudo ")[2]
+    subprocess.run(["sh", "-euc", remedy], check=True)
+    found.prepare()
+
+
 def test_a_private_file_in_the_workspace_is_kept_from_git(tmp_path: Path) -> None:
     space = Workspace(tmp_path)
     (tmp_path / ".gitignore").write_text("build")

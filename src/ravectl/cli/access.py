@@ -19,6 +19,8 @@ from ravectl.errors import EXIT_FAILED, RavectlError, UsageError
 if TYPE_CHECKING:
     from ravectl.instance import Instance
 
+PIECE = 2**16  # bytes
+
 
 def _running(folder: Path | None, name: str) -> Instance:
     from ravectl.model import InstanceState
@@ -26,7 +28,7 @@ def _running(folder: Path | None, name: str) -> Instance:
     found = options.find_instance(folder, name)
     state = found.state()
     if state is not InstanceState.RUNNING:
-        raise RavectlError(f"instance {name!r} is {state.value}", "start it: ravectl up")
+        raise RavectlError(f"instance {name!r} is {state.value}", f"start it: {found.verb('up')}")
     return found
 
 
@@ -54,9 +56,11 @@ def ssh(
     name: options.Name = options.DEFAULT_NAME,
     workspace: options.Folder = None,
 ) -> None:
-    """Open a shell in the machine, or run a command with a terminal: ravectl ssh -- htop."""
+    """Open a shell in the machine, or run a command with a terminal: ravectl ssh -- top."""
     found = _running(workspace, name)
     argv = _openssh(found, "ssh", port_flag="-p")
+    if context.args and sys.stdin.isatty():
+        argv.append("-t")  # which OpenSSH does for a shell alone
     argv += [f"{found.target().user}@127.0.0.1", *context.args]
     os.execv(argv[0], argv)  # noqa: S606 - the shell takes our place and our terminal
 
@@ -72,20 +76,25 @@ def exec_(
 
     if not context.args:
         raise UsageError("exec needs a command", "as in: ravectl exec -- uptime")
+    options.require_seconds(timeout, "--timeout")
     found = _running(workspace, name)
-    stdin = b"" if sys.stdin.isatty() else sys.stdin.buffer.read()
     try:
         with lifecycle.connection_to(found) as connection:
             code = connection.relay(
                 shlex.join(context.args),
                 lambda data: _pass_on(sys.stdout.buffer, data),
                 lambda data: _pass_on(sys.stderr.buffer, data),
-                stdin=stdin,
+                stdin=b"" if sys.stdin.isatty() else _piece_of_stdin,
                 timeout=timeout,
             )
     except ConnectionError as e:
-        raise RavectlError(f"the machine does not answer: {e}", "ravectl status") from None
+        raise RavectlError(f"the machine does not answer: {e}", found.verb("status")) from None
     raise typer.Exit(code if code >= 0 else EXIT_FAILED)
+
+
+def _piece_of_stdin() -> bytes:
+    # not sys.stdin's own buffer: its lock would still be held when we end before the pipe does
+    return os.read(sys.stdin.fileno(), PIECE)
 
 
 def _pass_on(stream: IO[bytes], data: bytes) -> None:

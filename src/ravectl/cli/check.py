@@ -69,6 +69,7 @@ def verify(
     if schema:
         sys.stdout.write(verification.schema())
         return
+    options.require_seconds(interval, "--interval")
     fmt = _format("json" if as_json else form)
     found = options.find_instance(workspace, name)
     if watch:

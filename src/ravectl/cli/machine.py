@@ -42,6 +42,7 @@ def up(
     from ravectl.model import ImageFormat
     from ravectl.plan import make_plan
 
+    options.require_seconds(timeout, "--timeout")
     space = options.find_workspace(workspace)
     chosen = options.select_profile(options.profile_flag(safe, full_pipe, profile), space)
     plan, asked = make_plan(**chosen.plan_arguments()), building.engine_name(engine)
@@ -107,6 +108,7 @@ def down(
     """Stop the machine; its disk stays."""
     from ravectl import lifecycle
 
+    options.require_seconds(timeout, "--timeout")
     found = options.find_instance(workspace, name)
     console.note(f"{name}: {lifecycle.down(found, timeout)}")
 
@@ -221,7 +223,9 @@ def _line(r: dict[str, Any]) -> str:
     ports = f"ssh :{r['ssh_port']}  https :{r['https_port']}" if r["ssh_port"] else ""
     since = f"{r['uptime_seconds'] / 60:.0f} min" if r["uptime_seconds"] else ""
     panics = f"  kernel panics: {r['kernel_panics']}" if r["kernel_panics"] else ""
-    return f"{r['name']:<16} {r['state']:<9} {r['profile']:<10} {ports}  {since}{panics}".rstrip()
+    held = f"  QEMU: {r['qemu']}" if r["qemu"] not in (None, "running") else ""
+    told = f"{r['name']:<16} {r['state']:<9} {r['profile']:<10} {ports}  {since}{held}{panics}"
+    return told.rstrip()
 
 
 def _row(found: Instance) -> dict[str, Any]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ravectl.workspace import Workspace
 
 DEFAULT_NAME = "default"
+MAX_SECONDS = 1e6  # eleven days; poll(2) takes no more than twice that
 
 Name = Annotated[
     str, typer.Option("--name", "-n", envvar="RAVECTL_NAME", help="Which instance, of several.")
@@ -101,6 +102,15 @@ def opener(workspace: Workspace, override: Path | None = None) -> sops.Identity:
     from ravectl import sops
 
     return sops.find_identity(override, workspace.identity_file)
+
+
+def require_seconds(value: float, option: str) -> None:
+    """Raise UsageError for what is no time to wait: inf, nan, or less than nothing."""
+    if not 0 <= value <= MAX_SECONDS:  # also false of nan
+        raise UsageError(
+            f"{option} {value:g} is no time to wait",
+            f"give seconds, from 0 to {MAX_SECONDS:g}: {option} 60",
+        )
 
 
 @contextlib.contextmanager

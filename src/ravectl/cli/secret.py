@@ -40,6 +40,11 @@ def init(
     from ravectl import plan, vault
 
     space = options.find_workspace(workspace)
+    if workspace is None and space.root != Path.cwd():
+        console.note(
+            f"the workspace is {space.root}, which has rave.yaml or .rave; "
+            "for one in this folder: ravectl init --workspace ."
+        )
     made = vault.init(space, plan.SECRETS, options.opener(space, identity), recipient or ())
     if space.make_profile():
         console.note(f"{space.profile_file} is the profile: what differs from safe goes there")
@@ -151,7 +156,13 @@ def set_(
 def _from_stdin(name: str) -> str:
     if sys.stdin.isatty():
         return str(typer.prompt(f"value of {name}", hide_input=True, err=True))
-    return sys.stdin.read().rstrip("\n")
+    try:
+        return sys.stdin.buffer.read().decode().rstrip("\r\n")  # whatever the locale
+    except UnicodeDecodeError:
+        raise UsageError(
+            f"the value for {name} is not text",
+            "give it as text, as by base64; nothing was changed",
+        ) from None
 
 
 @app.command("edit")
@@ -286,9 +297,22 @@ def recipients(
     if add or remove:
         _say(rotate.share(space, options.opener(space), add or (), remove or ()))
     if remove:
-        console.warn("who was removed knows the values so far: ravectl rotate-secrets")
+        _say_known(space)
     for recipient in vault.Places(space).recipients():
         print(recipient)
+
+
+def _say_known(space: Workspace) -> None:
+    """What a person who was removed still knows, and how each becomes worthless."""
+    from ravectl import rotate, vault
+
+    made, given = rotate.left_out(vault.look(vault.Places(space).shared).names)
+    console.warn("who was removed knows the values so far: ravectl rotate-secrets --no-grace")
+    if made:
+        names = " ".join(made)
+        console.warn(f"which leaves out {names}: ravectl rotate-secrets {names} --no-grace")
+    for name in given:
+        console.warn(f"and {name}: revoke it at its issuer, then: ravectl secrets set {name}")
 
 
 def rotate_secrets(

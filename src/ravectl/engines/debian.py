@@ -93,13 +93,19 @@ class NpmPart:
     version: str
     integrity: str
 
+    @property
+    def tarball(self) -> str:
+        """The name of the file that npm packs it as."""
+        return f"{self.name.replace('@', '').replace('/', '-')}-{self.version}.tgz"
 
+
+KANBAN = NpmPart(
+    "vibe-kanban",
+    "0.0.71",
+    "sha512-R2BuFlaD6K+CgA6wfRl5YT80jzaZkjO2CF9XS7zT4nSo+FRa3lmqtR5iTASabNK1sal+/POnCkuTlfiQInbf8A==",
+)
 NPM_PARTS = (
-    NpmPart(
-        "vibe-kanban",
-        "0.0.71",
-        "sha512-R2BuFlaD6K+CgA6wfRl5YT80jzaZkjO2CF9XS7zT4nSo+FRa3lmqtR5iTASabNK1sal+/POnCkuTlfiQInbf8A==",
-    ),
+    KANBAN,
     NpmPart(
         "@musistudio/claude-code-router",
         "2.0.0",
@@ -257,7 +263,11 @@ def ensure_base(
 def require_root() -> None:
     """Raise HostError unless this process may make a Debian root."""
     if os.geteuid() != 0:
-        raise HostError("the debian engine needs root to make a Debian root", "run it with sudo")
+        # not sudo for this one command: what root makes in a workspace, only root can use
+        raise HostError(
+            "the debian engine needs root to make a Debian root",
+            "work as root altogether: sudo -i, in a folder of root's; or: --engine nix",
+        )
 
 
 def _cached(folder: Path, key: str) -> Base | None:
@@ -487,6 +497,12 @@ def _stanzas(text: str) -> list[dict[str, str]]:
     return [
         {m[1]: m[2] for m in keep.finditer(block)} for block in text.split("\n\n") if block.strip()
     ]
+
+
+def fetch_part(part: NpmPart, into: Path) -> Path:
+    """A part's tarball, downloaded by the host's npm and held against its pinned integrity."""
+    with _fetching(part, into) as running:
+        return _fetched(part, running, into)
 
 
 def _fetching(part: NpmPart, into: Path) -> contextlib.AbstractContextManager[command.Background]:

@@ -7,6 +7,7 @@ collector by a root in our cache, and copied to our own store by whoever asked.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import re
@@ -66,6 +67,7 @@ class Build:
     settings: NixSettings
     offline: bool = False  # no substituters, no downloads: what is in the store must do
     rebuild: bool = False  # what is in the store already is built again and compared
+    held: tuple[str, ...] = ()  # files by name that the flake takes from the store, and none makes
 
 
 def attribute(hostname: str, fmt: ImageFormat) -> str:
@@ -222,6 +224,11 @@ def failure(log: nixlog.Log, wanted: Build) -> RavectlError:
             "two builds of the same inputs differ", "report it: a build must give the same bits",
             details="\n".join(log.errors),
         )  # fmt: skip
+    if log.failed and (name := log.failed[0].name) in wanted.held:
+        return RavectlError(
+            f"{name} is not in Nix's store, and Nix cannot fetch it",
+            "build once without --offline: npm fetches it then",
+        )
     if log.failed:
         # newer ones say in a line of its own why
         why = [w.strip() for w in log.errors[0].splitlines() if w.strip().startswith("Reason:")]
@@ -243,6 +250,20 @@ def failure(log: nixlog.Log, wanted: Build) -> RavectlError:
         "see the flake itself: ravectl render --engine nix DIR",
         details="\n".join(log.errors[1:]) or log.tail(),
     )
+
+
+def holds(name: str, integrity: str) -> bool:
+    """Whether the store has a file of this name and hash (SRI, sha512)."""
+    digest = base64.b64decode(integrity.removeprefix("sha512-")).hex()
+    argv = ["nix-store", "--print-fixed-path", "sha512", digest, name]
+    path = command.run(argv, timeout=ASK_SECONDS).stdout.strip()
+    known = command.run(["nix-store", "--check-validity", path], timeout=ASK_SECONDS, check=False)
+    return known.returncode == 0
+
+
+def hold(path: Path) -> None:
+    """Copy a file into the store, where a derivation that has its name and sha512 finds it."""
+    command.run(["nix-store", "--add-fixed", "sha512", path])
 
 
 def root_of(cache: Path, digest: str) -> Path:
@@ -341,7 +362,7 @@ def _flake_argument(flake: Path) -> list[str]:
 @contextlib.contextmanager
 def written(write: Callable[[Path], None]) -> Iterator[Path]:
     """A folder with a flake in it, gone afterwards."""
-    with files.staging(files.fast_tmp(2**24), "ravectl-flake") as stage:
+    with files.staging(files.private_tmp(2**24), "ravectl-flake") as stage:
         folder = stage / "flake"
         folder.mkdir()
         write(folder)
