@@ -8,20 +8,24 @@ nixpkgs needs.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import re
 import shutil
 import signal
 import subprocess
+import tarfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from ravectl import building, files, images, profile
-from ravectl.engines import nix
+from ravectl.engines import debian, nix
 from ravectl.model import ImageFormat, NixSettings
 from ravectl.plan import make_plan
 from ravectl.workspace import Workspace
@@ -29,6 +33,7 @@ from tests import nixos
 from tests.conftest import Tool
 
 REAL_NIX = shutil.which("nix")
+REAL_STORE = shutil.which("nix-store")
 STAND_IN = """\
 #!/bin/sh
 # in the place of nix {version}: the real one of this host, with the inputs of the test
@@ -41,7 +46,28 @@ done
 case " $* " in *" build "*) set -- "$@" {overrides};; esac
 exec {nix} "$@"
 """
+# as on a host to which npm brought before what nixpkgs does not have
+STORE_THAT_HOLDS_ALL = f"""\
+#!/bin/sh
+case "$1" in --check-validity) exit 0;; esac
+exec {REAL_STORE} "$@"
+"""
+NPM = """\
+#!/bin/sh
+# npm pack --json --ignore-scripts --pack-destination FOLDER NAME@VERSION
+cp {tarball} "$5/" && echo '[{{"filename": "{name}"}}]'
+"""
 DEAD = "http://127.0.0.1:9"  # nothing listens there
+
+
+# what stdenv makes of a source, by the phases that the flake says something of
+UNPACKED = """\
+runCommand attrs.pname { } ''
+  unzip() { python3 -m zipfile -e "$1" .; }
+  tar -xzf ${attrs.src}
+  cd ${attrs.sourceRoot}
+  ${attrs.installPhase}
+'' // { inherit (attrs) meta; }"""
 
 
 class NixTool(Tool):
@@ -56,16 +82,26 @@ class NixTool(Tool):
         self.nixpkgs = folder / "nixpkgs"
         shutil.copytree(nixos.STANDINS / "nixpkgs", self.nixpkgs)
         self.stand_in("2.18.0")
+        self.program("nix-store", STORE_THAT_HOLDS_ALL)
+
+    def program(self, name: str, text: str) -> None:
+        path = self.folder / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def npm_serves(self, tarball: Path) -> None:
+        """What nixpkgs does not have is not in the store, and npm serves this one for it."""
+        (self.folder / "bin" / "nix-store").unlink()
+        self.program("npm", NPM.format(tarball=tarball, name=tarball.name))
+        self.change("pkgs.nix", "(package attrs.pname)", f"({UNPACKED})")
 
     def stand_in(self, version: str) -> None:
         overrides = (
             f"--override-input nixpkgs path:{self.nixpkgs} "
             f"--override-input sops-nix path:{nixos.STANDINS / 'sops-nix'}"
         )
-        path = self.folder / "bin" / "nix"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(STAND_IN.format(version=version, overrides=overrides, nix=REAL_NIX))
-        path.chmod(0o755)
+        self.program("nix", STAND_IN.format(version=version, overrides=overrides, nix=REAL_NIX))
 
     def configure(self, text: str) -> None:
         nixos.environment(self.folder / "nix", nixos.CONFIGURATION + text)
@@ -235,6 +271,54 @@ def test_gc_while_nix_builds(tool: NixTool, monkeypatch: pytest.MonkeyPatch) -> 
     assert made
     assert image.disk.stat().st_size > 0
     assert len(calls) == 2
+
+
+def a_part(folder: Path) -> tuple[debian.NpmPart, Path]:
+    """Vibe Kanban as npm packs it, of another version."""
+    program = folder / "vibe-kanban.zip"
+    with zipfile.ZipFile(program, "w") as z:
+        z.writestr("vibe-kanban", "#!/bin/sh\necho it runs\n")
+    tarball = folder / "vibe-kanban-9.9.9.tgz"
+    with tarfile.open(tarball, "w:gz") as tar:
+        tar.add(program, "package/dist/linux-x64/vibe-kanban.zip")
+    digest = base64.b64encode(hashlib.sha512(tarball.read_bytes()).digest()).decode()
+    return debian.NpmPart("vibe-kanban", "9.9.9", f"sha512-{digest}"), tarball
+
+
+def test_what_nixpkgs_does_not_have_is_brought(
+    tool: NixTool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part, tarball = a_part(tool.folder)
+    assert part.tarball == tarball.name
+    tool.npm_serves(tarball)
+    monkeypatch.setattr(debian, "KANBAN", part)
+    monkeypatch.setenv("RAVECTL_CACHE_DIR", str(tool.folder / "ravectl"))
+    for name, value in tool.environment.items():
+        monkeypatch.setenv(name, value)
+    plan = make_plan(**profile.load("safe", None).plan_arguments())
+    inputs = images.resolve_nixos(plan, ImageFormat.QCOW2, NixSettings())
+    built = images.build_nixos(inputs)
+    configuration = json.loads((Path(built.closure[0]) / "configuration.json").read_text())
+    units = configuration["systemd"]["services"]
+    started = units["vibe-kanban"]["serviceConfig"]["ExecStart"]
+    assert tool.nix(started).stdout == "it runs\n"
+    # it is there now, and nobody is asked again
+    tool.program("npm", "#!/bin/sh\nexit 1\n")
+    images.build_nixos(inputs)
+
+
+def test_what_was_not_pinned_is_not_taken(tool: NixTool) -> None:
+    _, tarball = a_part(tool.folder)
+    pinned = debian.KANBAN.tarball
+    tool.npm_serves(tarball.rename(tool.folder / pinned))
+    done = tool.build(code=1)
+    assert "from npm is not what was pinned" in done.stderr
+    assert not list((tool.folder / "nix" / "store").glob(f"*{pinned}"))
+    # nor is it missed by a name alone
+    done = tool.build("--offline", code=1)
+    assert f"error: {pinned} is not in Nix's store, and Nix cannot fetch it" in done.stderr
+    assert "fix: build once without --offline" in done.stderr
+    assert tool.leftovers() == []
 
 
 @pytest.mark.parametrize(

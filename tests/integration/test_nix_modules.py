@@ -206,15 +206,76 @@ def test_no_row_of_the_table_is_unused() -> None:
 
 
 def test_two_modules_that_contradict_each_other_are_found(tmp_path: Path) -> None:
+    said = fails(tmp_path, 'networking.hostName = "other";')
+    assert "conflicting definitions of networking.hostName" in said
+
+
+def fails(tmp_path: Path, module: str) -> str:
+    """What Nix says of a machine that has one more module."""
     machine = nixos.flake() / "modules" / MACHINES[0]
-    (tmp_path / "two.nix").write_text(
-        f'{{ imports = [ {machine} ]; networking.hostName = "other"; }}'
-    )
+    (tmp_path / "more.nix").write_text(f"{{ imports = [ {machine} ]; {module} }}")
     done = nixos.instantiate(
         "--eval", "--strict", "--json", str(nixos.STANDINS / "evaluate.nix"), "--arg", "machine",
-        str(tmp_path / "two.nix"),
+        str(tmp_path / "more.nix"),
     )  # fmt: skip
-    assert "conflicting definitions of networking.hostName" in done.stderr
+    assert done.returncode != 0
+    return done.stderr
+
+
+# --- what NixOS itself says ---------------------------------------------------------------------
+
+
+def test_no_file_lies_below_a_link_of_nixos(tmp_path: Path) -> None:
+    """The etc of NixOS would not be built."""
+    name = "systemd/system/user-.slice.d/more.conf"
+    said = fails(tmp_path, f'environment.etc."{name}".text = "";')
+    assert f'"{name}" lies below a link' in said
+
+
+def test_what_nixos_says_of_its_units_is_not_contradicted(tmp_path: Path) -> None:
+    """Where ours say something else, they say it with more force."""
+    said = fails(tmp_path, 'services.tempo.enable = true; systemd.services.tempo.serviceConfig = '
+                 '{ ProtectSystem = "strict"; };')  # fmt: skip
+    assert "conflicting definitions of systemd.services.tempo.serviceConfig.ProtectSystem" in said
+    for machine in MACHINES:
+        units = nixos.values(machine)["systemd"]["services"]
+        assert units["prometheus-nginx-exporter"]["requires"] == []
+    tempo = nixos.values("rave-full-pipe")["systemd"]["services"]["tempo"]["serviceConfig"]
+    ours = nixos.values("rave-full-pipe")["systemd"]["services"]["mtail"]["serviceConfig"]
+    assert tempo["ProtectSystem"] == "strict"
+    assert not {k for k in ours if k.startswith(("Protect", "Restrict", "Private"))} - set(tempo)
+
+
+@pytest.mark.parametrize("url", ["https://logs.example.org:443", "http://10.0.2.2:19532"])
+def test_a_machine_that_sends_its_journal(tmp_path: Path, url: str) -> None:
+    """No shipped profile does."""
+    text = f"extends: safe\nname: sends\nlogs: {{forward: {{url: '{url}'}}}}\n"
+    (tmp_path / "rave.yaml").write_text(text)
+    plan = make_plan(**profile.select(None, {}, tmp_path / "rave.yaml").plan_arguments())
+    write_tree(images.render_nixos((plan,)), tmp_path / "flake")
+    values = nixos.evaluate(tmp_path / "flake" / "modules" / "rave-sends")
+    unit = values["systemd"]["services"]["systemd-journal-upload"]
+    assert unit["serviceConfig"]["RestartSec"] == "1s"
+    assert values["services"]["journald"]["upload"]["settings"]["Upload"]["URL"]
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_what_would_not_do_on_nixos(machine: str) -> None:
+    values = nixos.values(machine)
+    units = values["systemd"]["services"]
+    # gixy refuses it, by which NixOS holds nginx's configuration otherwise
+    assert "$http_host" in json.dumps(values["services"]["nginx"])
+    assert values["services"]["nginx"]["validateConfigFile"] is False
+    # the paths of these rules are made by these units
+    rules = " ".join(values["security"]["audit"]["rules"])
+    made = {
+        "/run/secrets.d": "sops-install-secrets.service",
+        "/run/wrappers/bin/": "suid-sgid-wrappers.service",
+    }
+    assert all(path in rules for path in made)
+    assert units["audit-rules-nixos"]["after"] == list(made.values())
+    # where tasks find their programs
+    assert units["rave-launcher@"]["path"] == ["/run/current-system/sw"]
 
 
 # --- what the daemons say -----------------------------------------------------------------------

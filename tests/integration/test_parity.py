@@ -465,6 +465,7 @@ def launcher(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
         "Description": [row["description"]],
         "Requires": row["requires"],
         "After": row["after"],
+        "Before": row["before"],
     }
     return debian_values(unit, ("Exec",)), there
 
@@ -909,12 +910,20 @@ def clock(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     return debian_values(unit, skip), nix_values(row["serviceConfig"], skip)
 
 
+# by its modules of 26.05, as far as a machine of ours has them turned on
+SETUID_OF_NIXOS = {
+    "dbus-daemon-launch-helper", "mount", "newgidmap", "newgrp", "newuidmap", "sg", "su", "sudo",
+    "sudoedit", "umount", "unix_chkpwd",
+}  # fmt: skip
+
+
 @row
 def setuid_programs(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     """On Debian the image has one; NixOS' wrappers lose theirs."""
     wrappers = nix.at("security.wrappers")
     assert plan.hardening.setuid["debian"] == ("/usr/bin/sudo",)
-    assert not {f"/run/wrappers/bin/{w}" for w in wrappers} & set(plan.hardening.setuid["nix"])
+    kept = {path.rpartition("/")[2] for path in plan.hardening.setuid["nix"]}
+    assert set(wrappers) == SETUID_OF_NIXOS - kept
     return {False}, {value["setuid"] for value in wrappers.values()}
 
 
@@ -1101,9 +1110,18 @@ def router(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
 def journal_manager_and_files(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     names = (
         "systemd/journald.conf.d/rave.conf", "systemd/system.conf.d/rave.conf",
-        "systemd/system/user-.slice.d/rave.conf", "tmpfiles.d/rave.conf", "issue.net",
+        "tmpfiles.d/rave.conf", "issue.net",
     )  # fmt: skip
     return [debian.text(f"etc/{n}") for n in names], [nix.etc(n) for n in names]
+
+
+@row
+def sessions(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
+    """What is added to systemd's own slice of each user, on NixOS too: not in the place of it."""
+    unit = Unit(debian.text("etc/systemd/system/user-.slice.d/rave.conf"))
+    row = nix.at("systemd.slices")["user-"]
+    assert row["overrideStrategy"] == "asDropin"
+    return {k: v[-1] for k, v in unit.items()}, {k: str(v) for k, v in row["sliceConfig"].items()}
 
 
 @row
@@ -1209,10 +1227,12 @@ OWN = re.compile(
     r"sops\.(?!secrets|useTmpfs)|system\.|"
     r"systemd\.(coredump|network\.wait-online|services\.(serial-)?getty)|"
     r"systemd\.services\.sops-install-secrets\.|systemd\.tmpfiles\.|"
-    r"systemd\.services\.(vibe-kanban|rave-agents-disk)\.path\.|"
+    r"systemd\.services\.(vibe-kanban|rave-agents-disk|rave-launcher@)\.path\.|"
+    r"systemd\.services\.audit-rules-nixos\.after\.|security\.apparmor\.enableCache|"
+    r"systemd\.services\.prometheus-nginx-exporter\.(requires|wants)|"
     r"systemd\.services\..*\.(ExecStart|ExecStartPre|ExecReload|RuntimeDirectory\.0|postStart)|"
     r"services\.(resolved|postgresql\.(package|authentication|initdbArgs)|openssh\.openFirewall)|"
-    r"services\.nginx\.virtualHosts\..*\.root$|"
+    r"services\.nginx\.(virtualHosts\..*\.root|validateConfigFile)$|"
     r"users\.(allowNoPasswordLogin|groups\.www-data|users\..*\.(group|shell|is\w+User)$)"
 )
 

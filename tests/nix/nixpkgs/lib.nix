@@ -86,12 +86,6 @@ let
     in
     {
       inherit config;
-      extendModules =
-        more:
-        evaluate {
-          inherit specialArgs;
-          modules = modules ++ more.modules;
-        };
     };
 
   lib = {
@@ -107,6 +101,7 @@ let
     concatMapAttrs = f: set: mergeAttrsList (mapAttrsToList f set);
     genAttrs = names: f: listToAttrs (map (name: nameValuePair name (f name)) names);
     getExe = package: "${package}/bin/${package.meta.mainProgram}";
+    getLib = package: package.lib or package;
     makeBinPath = packages: concatStringsSep ":" (map (package: "${package}/bin") packages);
     mkForce = mkOverride 50;
     mkDefault = mkOverride 1000;

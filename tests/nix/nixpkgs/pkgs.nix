@@ -35,6 +35,7 @@ let
     "age"
     "apacheHttpd"
     "audit"
+    "autoPatchelfHook"
     "bash"
     "claude-code-router"
     "coreutils"
@@ -54,9 +55,10 @@ let
     "qemu-utils"
     "shadow"
     "sops"
+    "unzip"
     "util-linux"
-    "vibe-kanban"
     "yq-go"
+    "zlib"
   ] package;
   pkgs = packages // {
     inherit lib runCommand;
@@ -83,6 +85,15 @@ let
           )
         )
       }";
+    stdenv = {
+      cc.cc = package "gcc";
+      # what it is made of must be there by name; its source is not, but in the test that has one
+      mkDerivation =
+        attrs:
+        builtins.deepSeq (map (input: input.drvPath) (
+          [ attrs.src ] ++ attrs.nativeBuildInputs ++ attrs.buildInputs
+        )) (package attrs.pname);
+    };
     path = ./.;
     callPackage = file: args: import file ({ inherit pkgs; } // args);
     writeText = name: text: runCommand name { inherit text; } ''printf %s "$text" >$out'';

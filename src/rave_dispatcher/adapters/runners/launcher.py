@@ -136,6 +136,8 @@ def _carry_out(
             argv = systemd_run_argv(
                 order, agent, config.runner.user, str(workdir), str(folder / "prompt"),
                 str(folder / "output"),
+                # systemd's own is no help where programs lie elsewhere (NixOS), whose unit says it
+                os.environ.get("PATH"),
             )  # fmt: skip
             began = time.monotonic()
             started = subprocess.run(

@@ -96,13 +96,16 @@ class Order:
 
 
 def systemd_run_argv(
-    order: Order, agent: Agent, user: str, workdir: str, prompt: str, output: str
-) -> list[str]:
+    order: Order, agent: Agent, user: str, workdir: str, prompt: str, output: str,
+    search: str | None = None,
+) -> list[str]:  # fmt: skip
     """The command that starts a task's unit. `prompt` and `output` are paths, never contents.
 
-    It stays after its end (RemainAfterExit), so that its figures can be asked for.
+    `search` is its PATH where the agent has none of its own; without either it is systemd's. The
+    unit stays after its end (RemainAfterExit), so that its figures can be asked for.
     """
     environment = {
+        **({"PATH": search} if search else {}),
         **agent.environment, "HOME": workdir, "TRACEPARENT": order.traceparent,
         "RAVE_TASK_ID": order.task_id,
     }  # fmt: skip
