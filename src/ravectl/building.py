@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ravectl import command, console, files, imagelock, images
+from ravectl import command, console, files, imagelock, images, signing
 from ravectl.engines import debian, nix
 from ravectl.errors import HostError, RavectlError, UsageError
 from ravectl.imagelock import LOCK_FILE
@@ -92,7 +92,8 @@ def build(
         raise UsageError(
             f"the debian engine makes no {request.format}", "use --engine nix, which makes it"
         )
-    workspace.prepare()  # one that cannot be used is told before a long build
+    if not os.environ.get(signing.KEY_VARIABLE):  # else nothing is written there
+        workspace.prepare()  # one that cannot be used is told before a long build
     lock_file = workspace.root / LOCK_FILE
     inputs = _locked(request, lock_file) if locked else _resolve(request, fresh=update)
     image, made = images.ensure_image(inputs, workspace)
@@ -348,14 +349,14 @@ def _images_of_absent(roots: list[images.Root]) -> set[str | None]:
     if unknown:
         first, more = unknown[0], f" ({len(unknown)} such)" if len(unknown) > 1 else ""
         raise RavectlError(
-            f"an instance was in {first.folder}, which is not there, and its image is not "
-            f"known{more}",
+            f"an instance that was in {first.folder} is not there, and its image is not known"
+            f"{more}",
             "bring the folder back and start it once; or if it is gone for good: "
             f"{shlex.join(['rm', *(str(r.link) for r in unknown)])}",
         )
     for r in roots[:MAX_SHOWN]:
         console.warn(
-            f"an instance was in {r.folder}, which is not there; its image {r.image} is kept; "
+            f"an instance that was in {r.folder} is not there; its image {r.image} is kept; "
             f"if it is gone for good: rm {shlex.quote(str(r.link))}"
         )
     if len(roots) > MAX_SHOWN:

@@ -264,7 +264,7 @@ def _resources(host: Host) -> tuple[Requirement, ...]:
             "disk", host.cache_free >= CACHE_BYTES, True,
             f"{free} MB free for {host.cache}, {need} MB needed",
             "ravectl gc   # or, to a larger disk: "
-            f"mv {shlex.quote(str(host.cache))} NEW; export RAVECTL_CACHE_DIR=NEW",
+            f"mv -T {shlex.quote(str(host.cache))} NEW && export RAVECTL_CACHE_DIR=NEW",
         ),
         Requirement(
             "temporary space", host.tmp is not None, True,

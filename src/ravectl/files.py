@@ -129,7 +129,7 @@ def require_space(path: Path, need_bytes: int, purpose: str) -> None:
             f"{purpose} needs {need_bytes // 2**20} MB on the disk of {probe}, "
             f"{free // 2**20} MB are free",
             "free some space (ravectl gc), or move the cache to a larger disk: "
-            f"mv {shlex.quote(str(cache_dir()))} NEW; export RAVECTL_CACHE_DIR=NEW",
+            f"mv -T {shlex.quote(str(cache_dir()))} NEW && export RAVECTL_CACHE_DIR=NEW",
         )
 
 

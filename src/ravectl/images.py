@@ -465,8 +465,18 @@ class Root:
 
     @property
     def is_there(self) -> bool:
-        """Whether its folder is at its place: not moved, and not on a disk that is not mounted."""
-        return self.folder.is_dir()
+        """Whether it is at its place: not moved, be it for another that is there since, and not on
+        a disk that is not mounted."""
+        if not self.folder.is_dir():
+            return False
+        try:
+            record = json.loads((self.folder / "instance.json").read_text())
+        except FileNotFoundError:
+            return disk_of(self.folder, ImageFormat.QCOW2).exists()
+        except (OSError, ValueError, RecursionError):
+            return True  # who reads it is told
+        uuid = record.get("uuid") if isinstance(record, dict) else None
+        return uuid in (None, self.link.name.partition(".")[0])
 
 
 def add_root(uuid: str, folder: Path, image: str) -> None:
@@ -478,7 +488,8 @@ def add_root(uuid: str, folder: Path, image: str) -> None:
         link.symlink_to(folder)
     for old in roots():
         mine = old.link != link and old.link.name.partition(".")[0] == uuid
-        if mine and (old.folder == folder or not old.is_there):
+        moved = old.image in (None, image) and not old.is_there
+        if mine and (old.folder == folder or moved):
             old.link.unlink(missing_ok=True)
 
 

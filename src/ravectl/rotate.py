@@ -207,6 +207,14 @@ def signed(secrets: Secrets, plans: Mapping[str, Plan], now: datetime.datetime) 
 
     Clients are told of that authority, so a machine with a certificate by another is refused.
     """
+    for m, held in secrets.machines.items():
+        key = held.values.get("ingress/tls-key")
+        why = None if key is None else credentials.fault(SecretKind.TLS_KEY, key)
+        if why is not None:
+            raise RavectlError(
+                f"ingress/tls-key of machine {m} is {why}",
+                "give it another: ravectl rotate-secrets ingress/tls-key",
+            )
     machines = {
         m: vault.complete_machine(held, plans[m], secrets.shared, now)
         for m, held in secrets.machines.items()

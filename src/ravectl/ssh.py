@@ -127,15 +127,21 @@ class Connection:
         """Run a command, pass on what it prints as it comes, and return its exit code.
 
         `stdin` may be a function that reads a piece of it, empty at the end, for what is large
-        or comes slowly; nobody waits for it when the command has ended. Raises DeadlineError, and
-        ConnectionError when the connection breaks.
+        or comes slowly; nobody waits for it when the command has ended. Raises DeadlineError,
+        ConnectionError when the connection breaks, RavectlError when `stdin` raises an OSError.
         """
         deadline = time.monotonic() + timeout
         with self._slots, self._channel(timeout) as channel:
             channel.exec_command(command)
-            feeder = threading.Thread(target=_feed, args=(channel, stdin), daemon=True)
+            broken: list[OSError] = []
+            feeder = threading.Thread(target=_feed, args=(channel, stdin, broken), daemon=True)
             feeder.start()
             _pump(channel, on_out, on_err, deadline, command)
+            if broken:
+                raise RavectlError(
+                    f"the command's input broke off: {broken[0].strerror}",
+                    "it had a part of it only: see to where the rest is, and run it again",
+                )
             return channel.recv_exit_status()
 
     def run(
@@ -353,15 +359,22 @@ def _taken(target: Target) -> str:
     return f"another program has taken the port: ravectl down{flag}, then ravectl up{flag}"
 
 
-def _feed(channel: paramiko.Channel, data: bytes | Callable[[], bytes]) -> None:
-    with contextlib.suppress(OSError):
-        if isinstance(data, bytes):
-            channel.sendall(data)
-        else:
-            for piece in iter(data, b""):
+def _feed(
+    channel: paramiko.Channel, data: bytes | Callable[[], bytes], broken: list[OSError]
+) -> None:
+    pieces = iter([data] if data else []) if isinstance(data, bytes) else iter(data, b"")
+    while True:
+        try:
+            piece = next(pieces, None)
+        except OSError as e:
+            broken.append(e)  # the command takes it for the end: SSH has no word for this
+            piece = None
+        with contextlib.suppress(OSError):
+            if piece is not None:
                 channel.sendall(piece)
-    with contextlib.suppress(OSError):
-        channel.shutdown_write()
+                continue
+            channel.shutdown_write()
+        return
 
 
 def _pump(

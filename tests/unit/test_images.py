@@ -94,18 +94,23 @@ def test_gc_keeps_what_any_workspace_uses(store: Path, plan: Plan, tmp_path: Pat
     assert not used.exists()
 
 
+@pytest.mark.parametrize("another", ["", "begun", "of its own"])
 def test_gc_keeps_the_image_of_an_instance_that_is_not_there(
-    store: Path, plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    store: Path, plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str], another: str
 ) -> None:
     """Its workspace may be moved, or on a disk that is not mounted."""
     used, unused = put(store, "a" * 16, plan), put(store, "b" * 16, plan)
     found = use("a" * 16, tmp_path / "elsewhere" / "default", plan)
     found.folder.rename(tmp_path / "moved")
+    if another:  # that was made in the place of it
+        Instance(found.folder, "default").folder.mkdir()
+        if another == "of its own":
+            Instance(found.folder, "default").save(new_record(plan, EngineName.DEBIAN))
     for dry_run in (True, False):
         building.collect(dry_run=dry_run)
         assert used.exists()
         said = capsys.readouterr().err
-        assert f"was in {found.folder}, which is not there; its image {'a' * 16} is kept" in said
+        assert f"was in {found.folder} is not there; its image {'a' * 16} is kept" in said
     assert not unused.exists()
     subprocess.run(["sh", "-euc", said.partition("gone for good: ")[2]], check=True)
     assert images.roots() == []

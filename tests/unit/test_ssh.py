@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import getpass
 import os
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from ravectl import credentials, ssh
-from ravectl.errors import DeadlineError
+from ravectl.errors import DeadlineError, RavectlError
 from ravectl.model import SecretKind
 
 OTHER_KEY = credentials.ssh_public(credentials.new_value(SecretKind.SSH_KEY))
@@ -80,3 +81,17 @@ def test_what_is_piped_arrives_whole(connection: ssh.Connection, tmp_path: Path)
         assert run(connection, "wc -c", file.fileno(), 60)[1].strip() == str(5 * 2**20).encode()
     assert connection.run("cat", stdin=b"words").stdout == "words"
     assert connection.run("cat").stdout == ""
+
+
+def test_half_of_the_input_is_not_taken_for_all_of_it(connection: ssh.Connection) -> None:
+    pieces = iter([b"half"])
+
+    def read() -> bytes:
+        for piece in pieces:
+            return piece
+        raise OSError(errno.EIO, "Input/output error")
+
+    out = bytearray()
+    with pytest.raises(RavectlError, match="input broke off: Input/output error"):
+        connection.relay("cat", out.extend, out.extend, stdin=read, timeout=60)
+    assert out == b"half"

@@ -59,8 +59,9 @@ def ssh(
     """Open a shell in the machine, or run a command with a terminal: ravectl ssh -- top."""
     found = _running(workspace, name)
     argv = _openssh(found, "ssh", port_flag="-p")
-    if context.args and sys.stdin.isatty():
-        argv.append("-t")  # which OpenSSH does for a shell alone
+    # OpenSSH does so for a shell alone; what goes to a file or a pipe is to come as it is
+    if context.args and sys.stdin.isatty() and sys.stdout.isatty():
+        argv.append("-t")
     argv += [f"{found.target().user}@127.0.0.1", *context.args]
     os.execv(argv[0], argv)  # noqa: S606 - the shell takes our place and our terminal
 
@@ -69,7 +70,9 @@ def exec_(
     context: typer.Context,
     name: options.Name = options.DEFAULT_NAME,
     workspace: options.Folder = None,
-    timeout: Annotated[float, typer.Option(help="Seconds until it is given up.")] = 600.0,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds until it is given up, with all of its input.")
+    ] = 600.0,
 ) -> None:
     """Run a command in the machine and exit as it does: ravectl exec -- systemctl status."""
     from ravectl import lifecycle
@@ -87,6 +90,8 @@ def exec_(
                 stdin=b"" if sys.stdin.isatty() else _piece_of_stdin,
                 timeout=timeout,
             )
+    except BrokenPipeError:
+        raise  # whoever read what we print has ended
     except ConnectionError as e:
         raise RavectlError(f"the machine does not answer: {e}", found.verb("status")) from None
     raise typer.Exit(code if code >= 0 else EXIT_FAILED)

@@ -19,6 +19,9 @@ from ravectl.verify.framework import (
 )
 
 _WRAPPERS = re.compile(r"^/run/wrappers/wrappers\.\w+/")  # where NixOS' link `bin` leads
+# each program's own words: a file may have the other's for its name
+_GONE_FROM_FIND = re.compile(r"find: '(.*)': No such file or directory")
+_GONE_FROM_GETCAP = re.compile(r"(/.*) \(No such file or directory\)")
 POLICY = "/usr/lib/rave/apparmor.bin"
 _REBUILD = "the machine is not what its Plan says: ravectl build, then ravectl reset"
 
@@ -135,10 +138,12 @@ def judge_kernel(subject: Subject, output: str) -> Judgement:
     faults += mount_faults(wanted.mounts, mounts, setuid)
     faults += [
         f"{line} is setuid or setgid" if line.startswith("/") else line
-        for line in _still_there(parts["setuid"], places)
+        for line in _still_there(_GONE_FROM_FIND, parts["setuid"], places)
         if _WRAPPERS.sub("/run/wrappers/bin/", line) not in setuid
     ]
-    faults += capability_faults(_still_there(parts["capable"], places), subject.engine)
+    faults += capability_faults(
+        _still_there(_GONE_FROM_GETCAP, parts["capable"], places), subject.engine
+    )
     profiles = {subject.units()[name]: profile for name, profile in wanted.profiles.items()}
     faults += confinement_faults(profiles, parts["confined"], parts["states"])
     faults += audit_faults(wanted.audit[subject.engine], parts["audited"])
@@ -158,12 +163,11 @@ def sysctl_faults(settings: Mapping[str, str], text: str) -> list[str]:
     ]
 
 
-def _still_there(text: str, places: Iterable[str]) -> list[str]:
+def _still_there(gone: re.Pattern[str], text: str, places: Iterable[str]) -> list[str]:
     """Lines without those about a file that went while it was looked at; not a place as a whole."""
-    gone = re.compile(r"(?:find: '(.*)': |(/.*) \()No such file or directory\)?")
     known = set(places)
     matches = ((line, gone.fullmatch(line)) for line in text.splitlines())
-    return [line for line, m in matches if not m or (m[1] or m[2]) in known]
+    return [line for line, m in matches if not m or m[1] in known]
 
 
 def capability_faults(lines: Sequence[str], engine: EngineName) -> list[str]:

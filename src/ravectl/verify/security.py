@@ -141,6 +141,8 @@ if [[ $listeners =~ $daemon ]]; then
   echo '== loaded =='
   # it writes its number anew each time that it has read its configuration
   stat -c 'read %%.9Y' /run/sshd.pid
+  # on NixOS it is a link, in whose place another file may have been
+  stat -c 'changed %%.9Z' "${file[1]:-/etc/ssh/sshd_config}"
   stat -L -c 'changed %%.9Z' "${file[1]:-/etc/ssh/sshd_config}"
   printf 'words %%s\n' "${words[*]}"
 fi
@@ -222,13 +224,15 @@ def loading_faults(text: str) -> list[str] | None:
 
     A file that was changed, read and put back looks as it should.
     """
-    said = dict(line.partition(" ")[::2] for line in text.splitlines())
+    rows = [line.partition(" ")[::2] for line in text.splitlines()]
+    said = dict(rows)
     try:
-        read, changed = float(said["read"]), float(said["changed"])
+        read, times = float(said["read"]), [float(v) for k, v in rows if k == "changed"]
     except (KeyError, ValueError):
         return None
-    if not (math.isfinite(read) and math.isfinite(changed)):
+    if not times or not all(map(math.isfinite, [read, *times])):
         return None
+    changed = max(times)
     faults = ["sshd's configuration was changed after it was read"] if changed > read else []
     if re.search(r"\s-\w*o", said.get("words", "")):
         faults.append(f"sshd was given settings as it was started: {said['words']}")
