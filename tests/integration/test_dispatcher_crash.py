@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import random
-import re
 import sqlite3
 import subprocess
 import threading
@@ -23,6 +22,7 @@ from rave_dispatcher.adapters.store import connection as opening
 from rave_dispatcher.adapters.store import maintenance, schema
 from rave_dispatcher.adapters.store.sqlite import EventStore
 from rave_dispatcher.domain.events import Event, Trace
+from rave_dispatcher.domain.tasks import AgentType, Task
 from tests import dispatcher
 from tests.dispatcher import GITHUB, Dispatcher
 
@@ -271,25 +271,38 @@ def test_what_of_a_damaged_store_can_be_read_is_exported(tmp_path: Path) -> None
         store = await EventStore.open(path, 0)
         events = [Event(str(n), "x", str(n), "t", "p", n, b"{}", "s", trace) for n in range(4000)]
         await asyncio.gather(*(store.add_event(e) for e in events))
+        for n in (1, 2):
+            await store.add_task(Task(str(n), AgentType.AI_ENGINEER, "do", 4000, trace))
         await store.close()
 
     asyncio.run(fill())
     with contextlib.closing(sqlite3.connect(path)) as c:
         size = c.execute("PRAGMA page_size").fetchone()[0]
-        (page,) = c.execute(
-            "SELECT pageno FROM dbstat WHERE name = 'events' AND pagetype = 'leaf' LIMIT 1 OFFSET 3"
-        ).fetchone()
+        leaves = [
+            (int(pageno), int(cells))
+            for pageno, cells in c.execute(
+                "SELECT pageno, ncell FROM dbstat WHERE name = 'events' AND pagetype = 'leaf' "
+                "ORDER BY path"
+            )
+        ]
+        # damage that SQLite cannot see
+        c.execute("UPDATE events SET source = CAST(x'ff41' AS TEXT) WHERE seq = 3000")
+        c.execute("UPDATE tasks SET status = 'rUnning' WHERE task_id = '1'")
+        c.commit()
+    before = sum(cells for _, cells in leaves[:5])
+    lost = range(before + 1, before + leaves[5][1] + 1)  # seq begins at 1
     with path.open("r+b") as f:
-        f.seek((page - 1) * size)
+        f.seek((leaves[5][0] - 1) * size)
         f.write(b"\xff" * size)
-    skipped: list[str] = []
-    lines = [json.loads(x) for x in maintenance.export(path, 0, skipped.append)]
-    numbers = [int(x["event_uuid"]) for x in lines]
-    (told,) = skipped
-    first, last = map(int, re.findall(r"\d+", told)[:2])
-    # seq begins at 1
-    assert numbers == [n for n in range(4000) if not first <= n + 1 <= last]
-    assert 0 < last - first < 200, "the rest of the page's rows, and no more"
+    for since in (0, 2000):
+        skipped: list[str] = []
+        lines = [json.loads(x) for x in maintenance.export(path, since, skipped.append)]
+        found = [int(x["event_uuid"]) + 1 for x in lines if x["kind"] == "event"]
+        assert found == [n for n in range(since + 1, 4001) if n not in lost]
+        assert [x["task_id"] for x in lines if x["kind"] == "task"] == ["2"]
+        assert [s.partition(" cannot")[0] for s in skipped] == [
+            f"events {lost[0]} to {lost[-1]}", "tasks 1",
+        ]  # fmt: skip
 
 
 def test_who_reads_on_and_on_holds_nobody_up(

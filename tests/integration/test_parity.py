@@ -399,7 +399,7 @@ def cpu_weights(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
 @row
 def sandbox(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
     """All that units which are wholly ours say of their processes."""
-    skip = ("Exec", "Environment", "Description", "After", "Requires", "Wanted", "LoadCredential")
+    skip = ("Exec", "Environment", "Description", "After", "Requires", "Want", "LoadCredential")
     here = {s: debian_values(debian.unit(s), skip) for s in OURS}
     return here, {s: nix_values(nix.config(s), skip) for s in OURS}
 
@@ -467,6 +467,12 @@ def launcher(plan: Plan, debian: Debian, nix: NixOS) -> tuple[Any, ...]:
         "After": row["after"],
         "Before": row["before"],
     }
+    tasks = Unit(debian.text("etc/systemd/system/rave-tasks.target"))
+    assert nix.at("systemd.targets") == {"rave-tasks": {"description": tasks.one("Description")}}
+    ours, theirs = debian.unit("dispatcher"), nix.service("dispatcher")
+    assert ours["Wants"] == theirs["wants"] == row["before"]
+    assert "rave-tasks.target" in theirs["after"]
+    assert "rave-tasks.target" in ours.one("After").split()
     return debian_values(unit, ("Exec",)), there
 
 

@@ -639,8 +639,9 @@ def test_who_waits_for_the_next_attempt_does_not_wait_for_a_turn(
 def test_what_no_task_can_be_run_without_costs_none_an_attempt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(execute_agent_task, "UNAVAILABLE_SECONDS", 0.01)
+    monkeypatch.setattr(execute_agent_task, "UNAVAILABLE_MOST", 0.01)
     down = 5
+    waited = []
 
     async def run(job: Job, on_output: Any) -> Ran:
         nonlocal down
@@ -651,9 +652,17 @@ def test_what_no_task_can_be_run_without_costs_none_an_attempt(
 
     async def story(w: World) -> None:
         task = await submit(w)
-        await w.work(lambda: w.is_final(task.task_id))
+
+        async def is_final() -> bool:
+            w.clock.advance(MINUTE)
+            await w.collect.refresh()
+            waited.append(w.counted("queue_oldest_seconds", state="pending"))
+            return await w.is_final(task.task_id)
+
+        await w.work(is_final)
         done = await w.store.task(task.task_id)
         assert (done.status, done.attempt, len(w.runner.jobs)) == (Status.COMPLETED, 1, 6)
+        assert max(waited) > 120, "it has waited since it came, not since the last try"
         kinds = {"agent_type": "ai-engineer"}
         assert w.counted("task_attempts_total", outcome="not-started", **kinds) == 0
 

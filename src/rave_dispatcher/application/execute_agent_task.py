@@ -33,7 +33,8 @@ from rave_dispatcher.domain.tasks import (
 
 IDLE_SECONDS = 1.0  # between looks at the queue when nobody said that there is something
 SWEEP_SECONDS = 5.0
-UNAVAILABLE_SECONDS = 5.0  # before the next try when nothing can be run at all
+UNAVAILABLE_SECONDS = 5.0  # before the next try when nothing can be run at all; doubled each time
+UNAVAILABLE_MOST = 60.0
 TRUNCATED = b"\n[the rest of the output was not kept]\n"
 
 
@@ -69,6 +70,7 @@ class ExecuteAgentTask:
         self._choosing = asyncio.Lock()
         self._loads: dict[str, Load] = {}
         self._turn = 0
+        self._unavailable = 0  # tries since something could be run
 
     def wake(self) -> None:
         """There may be something to do."""
@@ -122,6 +124,9 @@ class ExecuteAgentTask:
                 await self._pause()
                 continue
             await self._attempt(task)
+            if self._unavailable:
+                wait = UNAVAILABLE_SECONDS * 2 ** (self._unavailable - 1)
+                await asyncio.sleep(min(wait, UNAVAILABLE_MOST))
 
     async def _pause(self) -> None:
         with contextlib.suppress(TimeoutError):
@@ -135,18 +140,27 @@ class ExecuteAgentTask:
             chosen = choose(await self._store.waiting(now), self._loads, now)
             if chosen is None:
                 return None
-            token = self._chance.token(16).hex()
             try:
-                task = await self._store.step(
-                    chosen.task_id,
-                    lambda t: t.lease_to(token, now, self._execution.lease_ms),
-                )
+                task = await self._lease(chosen.task_id, now)
             except (IllegalStepError, NotFoundError):  # cancelled meanwhile
                 return None
             self._turn += 1
             self._count(task.project, 1)
             self._had_turn(task, now)
             return task
+
+    async def _lease(self, task_id: str, now: int) -> Task:
+        """Lease a task. One that is leased while this is cancelled is given back."""
+        token = self._chance.token(16).hex()
+        leasing = asyncio.ensure_future(
+            self._store.step(task_id, lambda t: t.lease_to(token, now, self._execution.lease_ms))
+        )
+        try:
+            return await asyncio.shield(leasing)
+        except asyncio.CancelledError:
+            with contextlib.suppress(IllegalStepError, DispatcherError):
+                await self._release(await leasing, token)
+            raise
 
     def _had_turn(self, task: Task, now: int) -> None:
         load = self._loads[task.project]
@@ -196,8 +210,9 @@ class ExecuteAgentTask:
             raise
         except RunnerUnavailableError as e:
             await self._release(task, token)
-            await self._cannot_run(task, span, str(e))
+            self._cannot_run(task, span, str(e))
             return
+        self._unavailable = 0
         if stopped is not Outcome.LEASE_EXPIRED:
             await self._finish(task, token, ran, span)
 
@@ -236,13 +251,13 @@ class ExecuteAgentTask:
             return Ran(Outcome.NOT_STARTED, detail, spent)
         return running.result()
 
-    async def _cannot_run(self, task: Task, span: Span, why: str) -> None:
+    def _cannot_run(self, task: Task, span: Span, why: str) -> None:
+        self._unavailable = min(self._unavailable + 1, 10)
         span.fail(why)
         self._log.error(
             "no task can be run now; what is queued waits",
             task_id=task.task_id, error=why, trace_id=task.trace.trace_id,
         )  # fmt: skip
-        await asyncio.sleep(UNAVAILABLE_SECONDS)
 
     async def _finish(self, task: Task, token: str, ran: Ran, span: Span) -> None:
         delay = self._execution.backoff.delay_ms(task.attempt, self._chance.fraction())

@@ -197,7 +197,6 @@ class Task:
             status=Status.PENDING,
             lease=None,
             attempt=max(self.attempt - 1, 0),
-            not_before_ms=now_ms,
         )
 
     def cancel(self, wall_ms: int) -> Task:

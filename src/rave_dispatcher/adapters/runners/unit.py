@@ -14,7 +14,7 @@ _ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-0[01]")
 STOP_SECONDS = 5
 SECRETS = "/run/secrets"
-DISPATCHER = "rave-dispatcher.service"
+TASKS = "rave-tasks.target"  # so that at a shutdown the dispatcher ends first
 SLICE = "agents.slice"  # what holds all tasks together
 # A program that is refused a process now and then waits or gives up; one that asks a hundred times
 # more is a fork bomb, or as good as one.
@@ -116,8 +116,7 @@ def systemd_run_argv(
         f"StandardInput=file:{prompt}", f"StandardOutput=file:{output}", "StandardError=inherit",
         f"MemoryMax={agent.memory_mb}M", "MemorySwapMax=0", f"CPUQuota={agent.cpu_percent}%",
         f"TasksMax={agent.processes}", f"RuntimeMaxSec={agent.seconds}",
-        # at a shutdown the dispatcher ends first, and takes its tasks back
-        f"Before={DISPATCHER}",
+        f"Before={TASKS}",
         f"TimeoutStopSec={STOP_SECONDS}", "KillMode=control-group", "OOMPolicy=kill",
         "OOMScoreAdjust=500", "CPUAccounting=yes", "MemoryAccounting=yes",
         *(f"LoadCredential={n}:{SECRETS}/{s}" for n, s in sorted(agent.credentials.items())),

@@ -211,47 +211,61 @@ def export(path: Path, since_ms: int, skipped: Callable[[str], None]) -> Iterato
     """Events and tasks as lines of JSON. What of a damaged file cannot be read is skipped, and
     `skipped` is told of it, a line each."""
     connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+    connection.text_factory = lambda text: text.decode("utf-8", "replace")
+    tables = (("events", EVENT_COLUMNS, _event_line), ("tasks", TASK_COLUMNS, _task_line))
     try:
-        for row in _readable(connection, "events", EVENT_COLUMNS, "received_ms", since_ms, skipped):
-            e = event_of(row)
-            yield json.dumps({
-                "kind": "event", "event_uuid": e.event_uuid, "source": e.source,
-                "delivery_id": e.delivery_id, "event_type": e.event_type, "project": e.project,
-                "received_ms": e.received_ms, "payload": e.payload.decode("utf-8", "replace"),
-                "signature": e.signature, "trace_id": e.trace.trace_id,
-                "processed": e.processed, "task_id": e.task_id,
-            })  # fmt: skip
-        for row in _readable(connection, "tasks", TASK_COLUMNS, "created_ms", since_ms, skipped):
-            t = task_of(row)
-            yield json.dumps({
-                "kind": "task", "task_id": t.task_id, "event_uuid": t.event_uuid,
-                "rule": t.rule, "agent_type": t.agent_type, "project": t.project,
-                "status": t.status,
-                "prompt": t.prompt, "attempt": t.attempt, "created_ms": t.created_ms,
-                "completed_ms": t.completed_ms, "outcome": t.outcome, "detail": t.detail,
-                "trace_id": t.trace.trace_id,
-            })  # fmt: skip
+        for table, columns, line_of in tables:
+            for row in _readable(connection, table, columns, skipped):
+                try:
+                    moment, line = line_of(row)
+                    wanted = moment >= since_ms
+                except (ValueError, TypeError, AttributeError):
+                    skipped(f"{table} {row[0]} cannot be such (its values are damaged)")
+                    continue
+                if wanted:
+                    yield line
     finally:
         connection.close()
 
 
+def _event_line(row: tuple[Any, ...]) -> tuple[int, str]:
+    e = event_of(row)
+    return e.received_ms, json.dumps({
+        "kind": "event", "event_uuid": e.event_uuid, "source": e.source,
+        "delivery_id": e.delivery_id, "event_type": e.event_type, "project": e.project,
+        "received_ms": e.received_ms, "payload": e.payload.decode("utf-8", "replace"),
+        "signature": e.signature, "trace_id": e.trace.trace_id,
+        "processed": e.processed, "task_id": e.task_id,
+    })  # fmt: skip
+
+
+def _task_line(row: tuple[Any, ...]) -> tuple[int, str]:
+    t = task_of(row)
+    return t.created_ms, json.dumps({
+        "kind": "task", "task_id": t.task_id, "event_uuid": t.event_uuid,
+        "rule": t.rule, "agent_type": t.agent_type, "project": t.project,
+        "status": t.status,
+        "prompt": t.prompt, "attempt": t.attempt, "created_ms": t.created_ms,
+        "completed_ms": t.completed_ms, "outcome": t.outcome, "detail": t.detail,
+        "trace_id": t.trace.trace_id,
+    })  # fmt: skip
+
+
 def _readable(
-    c: sqlite3.Connection,
-    table: str,
-    columns: str,
-    moment: str,
-    since_ms: int,
-    skipped: Callable[[str], None],
+    c: sqlite3.Connection, table: str, columns: str, skipped: Callable[[str], None]
 ) -> Iterator[tuple[Any, ...]]:
     """The rows of a table, by number, over the damaged places.
 
     A part at a time: a reader that stays holds up the log, and who reads us may pause.
     """
-    # no index of the moment's: then the rows would have to be sorted
-    sql = f"SELECT {columns} FROM {table} WHERE seq > ? AND +{moment} >= ? ORDER BY seq"  # noqa: S608
+    # not "> last": SQLite would look for that one, which may lie in the damage
+    sql = f"SELECT {columns} FROM {table} WHERE seq >= ? ORDER BY seq"  # noqa: S608
     last = 0
     while True:
-        rows, damage = _some(c, sql, (last, since_ms))
+        rows, damage = _some(c, sql, (last + 1,))
+        if damage is not None:
+            # Python's module is a row ahead, and of the two gives none
+            rows += _some(c, f"{sql} LIMIT 1", (rows[-1][0] + 1 if rows else last + 1,))[0]
         yield from rows
         last = rows[-1][0] if rows else last
         if damage is not None:
@@ -286,9 +300,9 @@ def _beyond(c: sqlite3.Connection, table: str, last: int) -> int:
     """The last number of a damaged place behind `last`; 0 when all that follows is."""
 
     def is_sound(number: int) -> bool:
-        sql = f"SELECT * FROM {table} WHERE seq > ? ORDER BY seq LIMIT 1"  # noqa: S608
+        sql = f"SELECT * FROM {table} WHERE seq >= ? ORDER BY seq LIMIT 1"  # noqa: S608
         try:
-            c.execute(sql, (number,)).fetchone()
+            c.execute(sql, (number + 1,)).fetchone()
         except sqlite3.DatabaseError as e:
             if not opening.is_corrupt(e):
                 raise
