@@ -193,3 +193,10 @@ def test_a_running_task_that_is_cancelled_may_still_succeed() -> None:
     task = make().lease_to("a", 0, LEASE).cancel(0)
     assert task.renew("a", 1, LEASE).cancel_requested
     assert task.succeed("a", USAGE, 1, 1).status is Status.COMPLETED
+
+
+def test_who_was_given_back_has_waited_since_it_might_run() -> None:
+    """Not since it was given back: each try would begin its waiting anew, and nobody be told."""
+    task = make(not_before_ms=5)
+    back = task.lease_to("token", 1000, LEASE).release("token", 1500, 1500)
+    assert (back.status, back.attempt, back.not_before_ms) == (Status.PENDING, 0, 5)
